@@ -1,0 +1,1 @@
+"""One thin file per subcommand: module NAME holds function NAME, imported only when that command runs."""

@@ -1,0 +1,195 @@
+"""`looplm calibrate`: Stage II, the gate alone, and the contest between the old gate and the new."""
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from looplm_cli.options import (
+    CorpusArgument,
+    EncodingOption,
+    ErrorsOption,
+    JsonOption,
+    ModelOption,
+    QuietOption,
+    SeedOption,
+    ThreadsOption,
+    finite,
+)
+
+if TYPE_CHECKING:
+    from looplm.calibration import Contest, Gate, GateMeasure
+    from looplm_cli.held_out import HeldOut
+    from looplm_cli.inputs import Opened
+
+
+def calibrate(
+    corpus: CorpusArgument = None,
+    model: ModelOption = None,
+    target: Annotated[
+        str,
+        typer.Option(
+            "--target",
+            help="What the gate learns. paper: go on if this loop just helped; look-ahead: go on if the next will help.",
+        ),
+    ] = "look-ahead",
+    accept: Annotated[
+        str, typer.Option("--accept", help="Which gate stays. better: the one that loses less; always: the new one.")
+    ] = "better",
+    undo: Annotated[bool, typer.Option("--undo", help="Put the gate from before the last calibration back.")] = False,
+    steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of the gate.")] = 400,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=1e-8, callback=finite, help="Of the gate's updates, at the start.")
+    ] = 1e-2,
+    seed: SeedOption = 0,
+    encoding: EncodingOption = "utf-8",
+    errors: ErrorsOption = "strict",
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+    threads: ThreadsOption = None,
+) -> None:
+    """Teach the gate alone when to stop looping, and keep the better gate.
+
+    The model is frozen; the gate learns on half of the held-out data (or of the text given) from which loops really
+    lowered the loss (Stage II), and is judged on the other half against the gate it would replace: which one loses less
+    at the same mean number of loops? The old gate stays beside the new one.
+
+    [bold]looplm calibrate --target paper --accept always[/bold] takes the paper's gate whatever the contest says.
+    """
+    from looplm.checkpoint import swap_gate, undo_gate
+    from looplm.errors import UsageError
+    from looplm_cli.inputs import open_model
+    from looplm_cli.render import print_json, say
+
+    if accept not in ("better", "always"):
+        raise UsageError(f"--accept {accept!r} is not known", "use better or always")
+    opened = open_model(model)
+    if undo:
+        undo_gate(opened.folder)
+        say(f"the previous gate of {opened.folder} is back")
+        return
+    if opened.config.total_ut_steps < 2:
+        raise UsageError(f"{opened.folder} has one loop: there is no exit to learn", "train with --loops 2 or more")
+
+    new, found, data = _contest(opened, corpus, target, steps, learning_rate, seed, encoding, errors, threads)
+    taken = found.new_wins or accept == "always"
+    report = _report(opened, data, found, target, taken)
+    report |= _by_hop(opened, data, new, threads)
+    if taken:
+        swap_gate(opened.folder, new.weight, new.bias, {"stage": 2, "gate": f"Stage II, target {target}"})
+    if as_json:
+        print_json(report)
+    elif not quiet:
+        _print(report)
+    say(_verdict(found, accept, taken))
+
+
+def _contest(
+    opened: "Opened",
+    corpus: list[str] | None,
+    target: str,
+    steps: int,
+    learning_rate: float,
+    seed: int,
+    encoding: str,
+    errors: str,
+    threads: int | None,
+) -> "tuple[Gate, Contest, HeldOut]":
+    from looplm.calibration import CalibrateConfig, Gate, contest, fit_gate, observe
+    from looplm.errors import DataError
+    from looplm.objectives import StageTwo
+    from looplm_cli.held_out import held_out
+    from looplm_cli.inputs import thread_count
+
+    objective = StageTwo(target=target)
+    config = CalibrateConfig(steps=steps, learning_rate=learning_rate, seed=seed)
+    data = held_out(opened, corpus or [], None, 16, encoding, errors)
+    half = len(data.batches) // 2
+    if not half:
+        raise DataError(
+            f"{data.name} is too short: one half teaches the gate, the other judges it", "give a longer text"
+        )
+    teach, judge = (
+        observe(opened.weights, part, config.teaching_tokens, thread_count(threads))
+        for part in (data.batches[:half], data.batches[half:])
+    )
+    old = Gate(opened.weights.gate_weight, opened.weights.gate_bias)
+    new = fit_gate(old, teach, objective, config)
+    return new, contest(old, new, judge), data
+
+
+def _verdict(found: "Contest", accept: str, taken: bool) -> str:
+    if found.shared is None:
+        why = "the two gates never use the same mean number of loops, so neither can be said to be better"
+    else:
+        low, high = found.shared
+        more = "less" if found.advantage > 0 else "more"
+        why = f"between {low:.2f} and {high:.2f} mean loops the new gate loses {abs(found.advantage):.4f} nats {more}"
+    if taken and not found.new_wins:
+        return f"taking the new gate as asked (--accept always), although {why}"
+    return f"{'keeping the new gate' if taken else 'keeping the old gate'}: {why}"
+
+
+def _measure_json(measured: "GateMeasure") -> dict[str, Any]:
+    return {
+        "exit_prob": measured.exit_prob,
+        "thresholds": [
+            {"q": q, "mean_loops": loops, "loss": loss} for q, (loops, loss) in measured.thresholds.items()
+        ],
+    }
+
+
+def _report(opened: "Opened", data: "HeldOut", found: "Contest", target: str, taken: bool) -> dict[str, Any]:
+    return {
+        "model": str(opened.folder),
+        "data": data.name,
+        "target": target,
+        "before": _measure_json(found.old),
+        "after": _measure_json(found.new),
+        "advantage": found.advantage,
+        "shared_mean_loops": found.shared,
+        "kept": "new" if taken else "old",
+    }
+
+
+def _by_hop(opened: "Opened", data: "HeldOut", new: "Gate", threads: int | None) -> dict[str, Any]:
+    """On the hops task: mean exit loop and accuracy by number of hops, before and after."""
+    if not data.max_hops:
+        return {}
+    from looplm.calibration import THRESHOLDS, Gate
+    from looplm.tasks.scores import answer
+    from looplm_cli.held_out import hops_source
+    from looplm_cli.inputs import thread_count
+
+    answers = answer(opened.weights, hops_source(opened), threads=thread_count(threads))
+    old = Gate(opened.weights.gate_weight, opened.weights.gate_bias)
+    found: dict[str, Any] = {}
+    for name, gate in (("before", old), ("after", new)):
+        exit_prob = gate.exit_prob(answers.hidden)
+        rows = []
+        for q in THRESHOLDS:
+            loops, accuracy = answers.at_threshold(exit_prob, q)
+            rows.append({"q": q, "mean_loops": loops.tolist(), "accuracy": accuracy.tolist()})
+        found[f"hops_{name}"] = rows
+    return found
+
+
+def _print(report: dict[str, Any]) -> None:
+    from looplm_cli.render import print_table, stdout
+
+    stdout().print(f"judged on one half of {report['data']}", markup=False, soft_wrap=True)
+    rows = []
+    for name in ("before", "after"):
+        measured = report[name]
+        exits = " ".join(f"{p:.2f}" for p in measured["exit_prob"])
+        at = [f"{found['mean_loops']:.2f} · {found['loss']:.4f}" for found in measured["thresholds"]]
+        rows.append([f"{name} (gate {'old' if name == 'before' else 'new'})", exits, *at])
+    thresholds = [f"q = {found['q']:g}" for found in report["before"]["thresholds"]]
+    print_table(["mean loops · loss", "exit distribution", *thresholds], rows)
+    if "hops_before" in report:
+        rows = [
+            [f"{name}, {hop} hop{'s' if hop > 1 else ''}"]
+            + [f"{at['mean_loops'][hop - 1]:.2f} · {at['accuracy'][hop - 1]:.3f}" for at in report[f"hops_{name}"]]
+            for name in ("before", "after")
+            for hop in range(1, len(report["hops_before"][0]["mean_loops"]) + 1)
+        ]
+        print_table(["mean loops · accuracy", *thresholds], rows)

@@ -1,0 +1,90 @@
+"""Text or sequences that a model was not trained on, cut into batches: what `eval` and `calibrate` measure on."""
+
+import dataclasses
+from typing import TYPE_CHECKING
+
+from looplm.errors import DataError, UsageError
+from looplm_cli.inputs import Opened
+
+if TYPE_CHECKING:
+    from looplm.data import Batch
+    from looplm.tasks.hops import HopsSource
+
+LONGEST_WINDOW = 256  # tokens of context when nothing says what the model was trained with
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Data to measure on."""
+
+    name: str
+    batches: "list[Batch]"
+    bytes_per_token: float | None  # None where bits per byte mean nothing
+    max_hops: int = 0  # above 0 on the hops task
+
+
+def held_out(
+    model: Opened, corpus: list[str], seq_len: int | None, batch_size: int, encoding: str, errors: str
+) -> HeldOut:
+    """What to measure a model on: a corpus, or what its run held out, or new sequences of its task.
+
+    Raises: DataError for a corpus that cannot be read or has nothing to predict, UsageError if there is none.
+    """
+    length = seq_len or _trained_length(model)
+    context = model.config.max_position_embeddings
+    if length > context:
+        raise UsageError(f"--seq-len {length} is more than the model's context of {context}", f"use at most {context}")
+    if model.task == "hops":
+        if corpus not in ([], ["builtin:hops"]):
+            raise DataError(f"{model.folder} was trained on the task hops, not on text", "leave the corpus out")
+        found = _hops(model, length, batch_size)
+    elif corpus:
+        found = _text(model, corpus, length, batch_size, encoding, errors)
+    else:
+        found = _run_held_out(model, length, batch_size)
+    if not any((batch.target >= 0).any() for batch in found.batches):
+        raise DataError(f"{found.name} has no token to predict", "give a longer text")
+    return found
+
+
+def _trained_length(model: Opened) -> int:
+    if model.task_settings.get("seq_len"):
+        return int(model.task_settings["seq_len"])
+    if model.run is not None:
+        from looplm.settings import from_yaml
+
+        return from_yaml(model.run / "config.yaml").train.seq_len
+    return min(LONGEST_WINDOW, model.config.max_position_embeddings)
+
+
+def hops_source(model: Opened, length: int | None = None, batch_size: int = 16) -> "HopsSource":
+    """Sequences of the task a model was trained on."""
+    from looplm.tasks.hops import HopsSource
+
+    return HopsSource(batch_size, length or _trained_length(model), seed=0, **model.hops_alphabet())
+
+
+def _hops(model: Opened, length: int, batch_size: int) -> HeldOut:
+    source = hops_source(model, length, batch_size)
+    return HeldOut("builtin:hops, new sequences", list(source.validation()), None, source.settings["max_hops"])
+
+
+def _text(model: Opened, corpus: list[str], length: int, batch_size: int, encoding: str, errors: str) -> HeldOut:
+    from looplm.corpus import read_corpus
+    from looplm.data import encode_corpus, windows
+
+    documents = read_corpus(corpus, encoding, errors).documents
+    ids = encode_corpus(model.tokenizer, documents)
+    size = sum(len(document.encode()) for document in documents)
+    return HeldOut(", ".join(corpus), list(windows(ids, batch_size, length)), size / len(ids))
+
+
+def _run_held_out(model: Opened, length: int, batch_size: int) -> HeldOut:
+    from looplm.data import load_tokens, windows
+
+    path = None if model.run is None else model.run / "data" / "val.npy"
+    if path is None or not path.exists():
+        raise UsageError(f"{model.folder} has no held-out text beside it", "name a text: looplm eval FILE")
+    ids = load_tokens(path)
+    size = len(model.tokenizer.decode(ids.tolist()).encode())
+    return HeldOut(f"held-out text of {model.run}", list(windows(ids, batch_size, length)), size / len(ids))

@@ -1,0 +1,124 @@
+"""The options that several commands share: one spelling, one meaning, one range each.
+
+A value outside its range is refused while the command line is read (exit code 2), so no command checks it again.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+MODEL, LOOPS, SAMPLING, TRAINING, OUTPUT = "Model", "Loops", "Sampling", "Training", "Output"  # panels of --help
+
+
+def finite(value: Any) -> Any:
+    """Refuse NaN and infinity, which slip through `min` and `max`."""
+    for number in value if isinstance(value, list | tuple) else (value,):
+        if isinstance(number, float) and not math.isfinite(number):
+            raise typer.BadParameter(f"{number} is not a finite number")
+    return value
+
+
+def parse_thresholds(values: list[str]) -> list[float]:
+    """Exit thresholds given as `0.5 0.9`, each option value one number or several with commas, in order, once each."""
+    found: list[float] = []
+    for text in ",".join(values).split(","):
+        try:
+            number = float(text)
+        except ValueError:
+            raise typer.BadParameter(f"{text.strip()!r} is not a number; write e.g. 0.5 or 0.3,0.5,0.7") from None
+        if not 0.0 <= number <= 1.0:
+            raise typer.BadParameter(f"{number:g} is not in the range 0<=q<=1")
+        if number not in found:
+            found.append(number)
+    return found
+
+
+CorpusArgument = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CORPUS]...",
+        show_default=False,
+        help="Text files, folders of .txt and .md, .jsonl with a `text` field, `-` for stdin, or `builtin:NAME`.",
+    ),
+]
+ModelOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--model",
+        "-m",
+        show_default="the most recent run under runs/",
+        help="A model folder or a run folder.",
+        rich_help_panel=MODEL,
+    ),
+]
+PromptOption = Annotated[
+    str | None, typer.Option("--prompt", "-p", show_default=False, help="The text to start from; `-` reads stdin.")
+]
+QOption = Annotated[
+    float | None,
+    typer.Option(
+        "--q",
+        "-q",
+        min=0.0,
+        max=1.0,
+        callback=finite,
+        show_default=False,
+        help="Exit threshold: a token stops at the first loop whose exit probabilities add up to q; 1 means all loops.",
+        rich_help_panel=LOOPS,
+    ),
+]
+QValuesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--q",
+        "-q",
+        callback=lambda values: parse_thresholds(values or ["0.3,0.5,0.7,0.9"]),
+        show_default="0.3,0.5,0.7,0.9",
+        metavar="Q[,Q...]",
+        help="Exit thresholds to measure; give several with commas or by repeating the option.",
+        rich_help_panel=LOOPS,
+    ),
+]
+LoopsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--loops",
+        min=1,
+        show_default="as trained",
+        help="How often the stack is applied.",
+        rich_help_panel=LOOPS,
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Start of every random choice.")]
+OutDirOption = Annotated[
+    Path | None,
+    typer.Option("--out-dir", "-o", show_default="a new folder under runs/", help="The run folder to write."),
+]
+ConfigOption = Annotated[
+    Path | None,
+    typer.Option("--config", "-c", show_default=False, help="A YAML file of settings.", rich_help_panel=TRAINING),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="SECTION.KEY=VALUE",
+        show_default=False,
+        help="Change one setting; may be repeated.",
+        rich_help_panel=TRAINING,
+    ),
+]
+EncodingOption = Annotated[str, typer.Option("--encoding", help="How the corpus is encoded.")]
+ErrorsOption = Annotated[
+    str, typer.Option("--errors", help="Bytes that are not text: `strict` stops, `replace` and `ignore` go on.")
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option("--threads", min=1, show_default="all cores", help="Processor threads to use.", rich_help_panel=MODEL),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="End with one line of JSON on stdout.", rich_help_panel=OUTPUT)
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.", rich_help_panel=OUTPUT)]

@@ -1,0 +1,81 @@
+"""The key/value cache of a looped model: the loops share weights, not what they attend to.
+
+Slot loop * L + layer holds what that layer computed in that loop.  A position that stopped after loop e never computed
+the deeper loops' keys and values; what later positions find there is the policy:
+
+last-exited   the keys and values of the loop it stopped at, copied: depth d reads those of loop min(d, e)
+full          every loop's own, so every loop has to run; stopping only chooses which state is read
+
+Knowingly not here: sharing one slot among the loops, or keeping fewer than all positions.
+"""
+
+from typing import Literal, get_args
+
+import numpy as np
+
+from .arrays import Floats, Ints, aligned_empty
+from .config import ModelConfig
+from .layer import Past
+
+Policy = Literal["last-exited", "full"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+
+
+class KeyValueCache:
+    """Keys and values of `filled` positions in every slot: (R * L) x B x capacity x G x K each.
+
+    Capacity doubles when it is used up, so appending one position costs constant time on average; preallocate it where
+    the length is known.
+    """
+
+    def __init__(
+        self, config: ModelConfig, batch: int, loops: int, capacity: int, policy: Policy = "last-exited"
+    ) -> None:
+        self.loops, self.layers, self.policy = loops, config.num_hidden_layers, policy
+        self.filled = 0
+        self._position_shape = (config.num_key_value_heads, config.head_dim)
+        self._slots_shape = (loops * self.layers, batch)
+        self.keys, self.values = self._empty(max(1, capacity)), self._empty(max(1, capacity))
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[2]
+
+    def _empty(self, capacity: int) -> Floats:
+        return aligned_empty((*self._slots_shape, capacity, *self._position_shape))
+
+    def slot(self, loop: int, layer: int) -> Past:
+        """What one layer in one loop attends to, and where it appends."""
+        index = loop * self.layers + layer
+        return Past(self.keys[index], self.values[index], self.filled)
+
+    def reserve(self, positions: int) -> bool:
+        """Make room for that many more positions; True if memory moved."""
+        needed = self.filled + positions
+        if needed <= self.capacity:
+            return False
+        capacity = max(needed, 2 * self.capacity)
+        for name in ("keys", "values"):
+            grown = self._empty(capacity)
+            grown[:, :, : self.filled] = getattr(self, name)[:, :, : self.filled]
+            setattr(self, name, grown)
+        return True
+
+    def append(self, positions: int) -> None:
+        """Count positions that every loop has written."""
+        self.filled += positions
+
+    def append_exited(self, exit_index: Ints) -> None:
+        """Count one position that row b left at loop exit_index[b] (B), deeper slots filled as the policy says."""
+        if self.policy == "last-exited":
+            for array in (self.keys, self.values):
+                by_loop = array.reshape(self.loops, self.layers, *array.shape[1:])
+                for row, r in enumerate(exit_index):
+                    by_loop[r + 1 :, :, row, self.filled] = by_loop[r, :, row, self.filled]
+        self.filled += 1
+
+
+def bytes_per_position(config: ModelConfig, loops: int) -> int:
+    """Bytes that one position of one row takes in the cache, whatever its policy."""
+    channels = config.num_key_value_heads * config.head_dim
+    return 2 * loops * config.num_hidden_layers * channels * np.dtype(np.float32).itemsize

@@ -1,0 +1,295 @@
+"""Continuing a text: a prompt through all loops, then token by token, each looping only as long as its exit rule says.
+
+Here: a session over one or several rows in lockstep, the generator of tokens, and stop strings.  Knowingly not here:
+rows that come and go, drafts, and anything that prints.
+"""
+
+import dataclasses
+from collections.abc import Collection, Iterator, Sequence
+from typing import Literal
+
+import numpy as np
+
+from .arrays import Floats, Ints, aligned_empty
+from .cache import KeyValueCache, Policy
+from .config import ModelConfig
+from .errors import DataError, UsageError
+from .exits import ExitRule, exit_index
+from .kernels import embedding, gate_forward, rmsnorm
+from .layer import Activations, Placement, Scratch, layer_forward
+from .model import Trace
+from .sampling import Sampling, choose
+from .weights import Weights
+
+PREFILL_CHUNK = 512  # prompt positions at a time: bounds the scratch memory of a long prompt
+PREALLOCATED = 1024  # new positions the cache has room for from the start; a longer text makes it grow
+
+Finish = Literal["stop token", "max_new_tokens", "context full"]
+
+
+class Session:
+    """Rows being continued in lockstep: their key/value cache and the buffers of a one-token pass.
+
+    `feed` runs all loops over new positions.  `advance` runs one token per row, loop by loop, until the rule stops it;
+    `begin`, `next_loop` and `finish` are its parts.  After it, `hidden` (RBD) and `gate_logit` (RB) hold the loops run.
+    `start` (B) is each row's first real position (left padding).
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        batch: int = 1,
+        loops: int | None = None,
+        start: Ints | None = None,
+        capacity: int = 64,
+        policy: Policy = "last-exited",
+    ) -> None:
+        config = weights.config
+        self.weights = weights
+        self.batch = batch
+        self.loops = config.total_ut_steps if loops is None else loops
+        self.cache = KeyValueCache(config, batch, self.loops, capacity, policy)
+        self.hidden = aligned_empty((self.loops, batch, config.hidden_size))
+        self.gate_logit = aligned_empty((self.loops, batch))
+        self.loops_run = 0  # of the position in progress
+        self._pass = _Pass(config, Placement.of(config, batch, 1, start), self.cache.capacity)
+
+    @property
+    def filled(self) -> int:
+        """Positions known so far, padding included."""
+        return self.cache.filled
+
+    def feed(self, input_ids: Ints) -> Trace:
+        """Append positions, all loops.  input_ids: BS -> a Trace of these positions alone.
+
+        Ids must be below vocab_size: they index memory.  Raises: DataError beyond the model's context.
+        """
+        config, length = self.weights.config, input_ids.shape[1]
+        self._make_room(length)
+        start = self._pass.place.start
+        place = Placement.of(config, self.batch, length, start, past=self.filled)
+        work = _Pass(config, place, self.filled + length)
+        hidden = aligned_empty((self.loops, self.batch, length, config.hidden_size))
+        embedding.gather_into(work.embedded, np.ascontiguousarray(input_ids).reshape(-1), self.weights.embedding)
+        x = work.embedded
+        for r in range(self.loops):
+            after = hidden[r].reshape(x.shape)
+            self._run_loop(work, r, x, after)
+            x = after
+        self.cache.append(length)
+        return Trace(self.weights, hidden, start)
+
+    def begin(self, input_ids: Ints) -> None:
+        """Start one position per row.  input_ids: B.  Raises: DataError beyond the model's context."""
+        if self._make_room(1):
+            self._pass.resize(self.weights.config, self.cache.capacity)
+        place = self._pass.place
+        np.maximum(np.subtract(self.filled, place.start, out=place.position), 0, out=place.position)
+        embedding.gather_into(self._pass.embedded, input_ids, self.weights.embedding)
+        self.loops_run = 0
+
+    def next_loop(self) -> tuple[Floats, Floats]:
+        """One more loop over the position in progress -> hidden: BD, gate_logit: B."""
+        r = self.loops_run
+        x = self.hidden[r - 1] if r else self._pass.embedded
+        self._run_loop(self._pass, r, x, self.hidden[r])
+        (self.gate_logit[r],) = gate_forward(self.hidden[r], self.weights.gate_weight, self.weights.gate_bias)
+        self.loops_run = r + 1
+        return self.hidden[r], self.gate_logit[r]
+
+    def finish(self, exit_at: Ints) -> None:
+        """Append the position in progress, which row b left at loop exit_at[b] (B)."""
+        self.cache.append_exited(exit_at)
+
+    def advance(self, input_ids: Ints, rule: ExitRule) -> Ints:
+        """One token per row, until every row has stopped.  input_ids: B -> exit_index: B, counted from 0.
+
+        A row that stops before the others gets what it would get alone.  With the cache policy "full" all loops run.
+        """
+        self.begin(input_ids)
+        exit_at = np.full(self.batch, self.loops - 1, np.int64)
+        running = np.ones(self.batch, np.bool_)
+        for r in range(self.loops):
+            self.next_loop()
+            if r == self.loops - 1:
+                break
+            stopping = running & rule.stops(self.hidden[: r + 1], self.gate_logit[: r + 1])
+            exit_at[stopping] = r
+            running &= ~stopping
+            if not running.any() and self.cache.policy != "full":
+                break
+        self.finish(exit_at)
+        return exit_at
+
+    def logits(self, exit_at: Ints) -> Floats:
+        """Next-token logits of the position last advanced, read at each row's own loop.  exit_at: B -> logits: BV."""
+        return np.matmul(self.hidden[exit_at, np.arange(self.batch)], self.weights.head.T)
+
+    def _make_room(self, positions: int) -> bool:
+        most = self.weights.config.max_position_embeddings
+        if self.filled + positions > most:
+            raise DataError(
+                f"{self.filled + positions} tokens are more than the model's context of {most}",
+                "start from a shorter text",
+            )
+        return self.cache.reserve(positions)
+
+    def _run_loop(self, work: "_Pass", r: int, x: Floats, after: Floats) -> None:
+        """The whole stack and the norm that ends a loop.  x: ND -> after: ND."""
+        config = self.weights.config
+        for index, layer in enumerate(self.weights.layers):
+            out = work.outputs[index % 2]
+            layer_forward(layer, config, x, out, work.saved, work.scratch, work.place, self.cache.slot(r, index))
+            x = out
+        rmsnorm.forward_into(after, work.rrms, x, self.weights.norm, config.rms_norm_eps)
+
+
+class _Pass:
+    """Buffers of one pass over B x S positions."""
+
+    def __init__(self, config: ModelConfig, place: Placement, keys: int) -> None:
+        rows = place.batch * place.length
+        self.place = place
+        self.embedded = aligned_empty((rows, config.hidden_size))
+        self.outputs = (aligned_empty((rows, config.hidden_size)), aligned_empty((rows, config.hidden_size)))
+        self.saved = Activations(config, place.batch, place.length)
+        self.rrms = aligned_empty((rows,))
+        self.resize(config, keys)
+
+    def resize(self, config: ModelConfig, keys: int) -> None:
+        """Scratch for attending to up to `keys` positions."""
+        self.scratch = Scratch(config, self.place.batch, self.place.length, keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """One new token, the loops it took, and on the last one why it is the last."""
+
+    token_id: int
+    exit_loop: int  # counted from 0: the state it was read from
+    loops_run: int  # what really ran to predict it; the first token's are the prompt's, which runs all loops
+    logprob: float  # under the model itself, nats
+    finish: Finish | None = None
+
+
+def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
+    """Raises: DataError if a prompt is empty, longer than the context, or holds an id outside the vocabulary."""
+    if not prompt_ids.size:
+        raise DataError("the prompt has no tokens", "start from a text, or from the token that begins a document")
+    if prompt_ids.size > config.max_position_embeddings:
+        raise DataError(
+            f"the prompt has {prompt_ids.size} tokens, but the model's context is {config.max_position_embeddings}",
+            f"shorten the prompt by at least {prompt_ids.size - config.max_position_embeddings} tokens",
+        )
+    outside = prompt_ids[(prompt_ids < 0) | (prompt_ids >= config.vocab_size)]
+    if outside.size:
+        raise DataError(
+            f"token id {outside[0]} is outside the model's vocabulary of {config.vocab_size}",
+            "the tokenizer belongs to another model",
+        )
+
+
+def generate(
+    weights: Weights,
+    prompt_ids: Ints,
+    *,
+    rule: ExitRule,
+    rng: np.random.Generator,
+    sampling: Sampling | None = None,
+    max_new_tokens: int = 128,
+    stop_ids: Collection[int] = (),
+    policy: Policy = "last-exited",
+) -> Iterator[Generated]:
+    """Continue a prompt, one token at a time.  prompt_ids: S.
+
+    The prompt runs all loops; the same rule then says which of them its last position is read from.  Every new token
+    stops looping when the rule says so.  A token of `stop_ids` is given out, as the last.
+
+    Raises: DataError, before anything runs, if the prompt does not fit the model.
+    """
+    check_prompt(prompt_ids, weights.config)
+    chosen = Sampling() if sampling is None else sampling
+    return _generate(weights, prompt_ids, rule, rng, chosen, max_new_tokens, frozenset(stop_ids), policy)
+
+
+def _generate(
+    weights: Weights,
+    prompt_ids: Ints,
+    rule: ExitRule,
+    rng: np.random.Generator,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+    policy: Policy,
+) -> Iterator[Generated]:
+    if max_new_tokens < 1:
+        return
+    config, prompt = weights.config, np.ascontiguousarray(prompt_ids, np.int64)
+    capacity = min(prompt.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
+    loops = rule.deepest(config.total_ut_steps)
+    session = Session(weights, loops=loops, capacity=capacity, policy=policy)
+    for begin in range(0, prompt.size, PREFILL_CHUNK):
+        trace = session.feed(prompt[None, begin : begin + PREFILL_CHUNK])
+    last = trace.hidden[:, :, -1]
+    exit_at, loops_run = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0]), loops
+    logits = np.matmul(last[exit_at, 0], weights.head.T)
+    del trace, last  # all states of a chunk of the prompt
+
+    seen = np.zeros(config.vocab_size, np.bool_)
+    seen[prompt] = True
+    token = np.empty(1, np.int64)
+    for count in range(1, max_new_tokens + 1):
+        token[0], logprob = choose(logits, sampling, rng.random(), seen)
+        finish: Finish | None = None
+        if int(token[0]) in stop_ids:
+            finish = "stop token"
+        elif count == max_new_tokens:
+            finish = "max_new_tokens"
+        elif session.filled == config.max_position_embeddings:
+            finish = "context full"
+        yield Generated(int(token[0]), exit_at, loops_run, logprob, finish)
+        if finish is not None:
+            return
+        seen[token] = True
+        exits = session.advance(token, rule)
+        exit_at, loops_run = int(exits[0]), session.loops_run
+        logits = session.logits(exits)[0]
+
+
+class StopStrings:
+    """Cuts a stream of text before the first stop string, and never lets part of one out.
+
+    The stop string that is complete first counts, of several the one that began first; how the text is cut into
+    pieces makes no difference.
+
+    Raises: UsageError for an empty stop string.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise UsageError("a stop string is empty", "give at least one character")
+        self.found = False
+        self._stops = tuple(stops)
+        self._longest = max(map(len, stops), default=1)
+        self._held = ""  # not given out yet: it may be the beginning of a stop string
+
+    def push(self, text: str) -> str:
+        """What can be shown of the text so far and has not been; nothing more once a stop string was found."""
+        if self.found:
+            return ""
+        held = self._held + text
+        places = [(held.index(stop) + len(stop), held.index(stop)) for stop in self._stops if stop in held]
+        if places:
+            self.found = True
+            return held[: min(places)[1]]
+        keep = min(self._longest - 1, len(held))
+        while keep and not any(stop.startswith(held[-keep:]) for stop in self._stops):
+            keep -= 1
+        self._held = held[len(held) - keep :]
+        return held[: len(held) - keep]
+
+    def flush(self) -> str:
+        """What was held back, at the end of the text."""
+        held, self._held = self._held, ""
+        return "" if self.found else held

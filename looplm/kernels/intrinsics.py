@@ -1,0 +1,76 @@
+# mypy: ignore-errors
+"""Building blocks that Python cannot spell: a fused multiply-add that stays fused, rounding, and 2**n by its bits.
+
+They are generic LLVM operations, legal on every processor.  On top of them stands `exp32`, which vectorises (0.2 ns an
+element where the library call takes 2.3) and is within 2 units in the last place.
+"""
+
+import llvmlite.ir as ir
+import numpy as np
+from numba import types
+from numba.extending import intrinsic
+
+from .jit import JIT_DISABLED, njit
+
+_F32, _I32 = ir.FloatType(), ir.IntType(32)
+
+
+def _external(builder, name, arguments):
+    existing = builder.module.globals.get(name)
+    return existing or ir.Function(builder.module, ir.FunctionType(_F32, [_F32] * arguments), name)
+
+
+@intrinsic
+def _fma(typing_context, a, b, c):
+    def generate(context, builder, signature, values):
+        return builder.call(_external(builder, "llvm.fma.f32", 3), values)
+
+    return types.float32(types.float32, types.float32, types.float32), generate
+
+
+@intrinsic
+def _round(typing_context, x):
+    def generate(context, builder, signature, values):
+        return builder.call(_external(builder, "llvm.rint.f32", 1), values)
+
+    return types.float32(types.float32), generate
+
+
+@intrinsic
+def _times_power_of_two(typing_context, x, n):
+    def generate(context, builder, signature, values):
+        exponent = builder.shl(builder.add(builder.fptosi(values[1], _I32), _I32(127)), _I32(23))
+        return builder.fmul(values[0], builder.bitcast(exponent, _F32))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+if JIT_DISABLED:  # plain Python twins, so that the kernels also run uncompiled
+
+    def _fma(a, b, c):
+        return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
+
+    _round = np.rint
+
+    def _times_power_of_two(x, n):
+        return x if np.isnan(x) else np.float32(np.ldexp(x, int(n)))
+
+
+_LOG2_E = np.float32(1.4426950408889634)
+_MINUS_LN2_HIGH, _MINUS_LN2_LOW = np.float32(-0.693359375), np.float32(2.12194440e-4)
+_LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
+# Minimax polynomial of (exp(r) - 1 - r) / r**2 on |r| <= ln(2)/2.
+_C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
+_C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
+_ONE = np.float32(1.0)
+
+
+@njit(inline="always")
+def exp32(x):
+    """exp(x) in float32; clamps to [-87, 88] (1.6e-38 .. 1.7e38), passes NaN on."""
+    low = _LOWEST if x < _LOWEST else x
+    clamped = _HIGHEST if low > _HIGHEST else low
+    n = _round(clamped * _LOG2_E)
+    r = _fma(n, _MINUS_LN2_LOW, _fma(n, _MINUS_LN2_HIGH, clamped))
+    p = _fma(_fma(_fma(_fma(_fma(_C5, r, _C4), r, _C3), r, _C2), r, _C1), r, _C0)
+    return _times_power_of_two(_fma(p, r * r, r) + _ONE, n)

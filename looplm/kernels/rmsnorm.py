@@ -1,0 +1,96 @@
+"""RMSNorm, alone and with a residual added: forward and backward."""
+
+import numpy as np
+
+from ..arrays import Floats
+from .jit import njit
+
+
+@njit
+def forward_into(y, rrms, x, weight, eps):  # type: ignore[no-untyped-def]
+    width = x.shape[1]
+    for row in range(x.shape[0]):
+        total = np.float32(0.0)
+        for i in range(width):
+            total += x[row, i] * x[row, i]
+        scale = np.float32(1.0 / np.sqrt(np.float64(total) / width + eps))
+        rrms[row] = scale
+        for i in range(width):
+            y[row, i] = x[row, i] * scale * weight[i]
+
+
+@njit
+def residual_forward_into(y, rrms, x, residual, weight, eps):  # type: ignore[no-untyped-def]
+    width = x.shape[1]
+    for row in range(x.shape[0]):
+        total = np.float32(0.0)
+        for i in range(width):
+            total += x[row, i] * x[row, i]
+        scale = np.float32(1.0 / np.sqrt(np.float64(total) / width + eps))
+        rrms[row] = scale
+        for i in range(width):
+            y[row, i] = residual[row, i] + x[row, i] * scale * weight[i]
+
+
+@njit
+def normed_into(y, x, weight, rrms):  # type: ignore[no-untyped-def]
+    """The forward's output again, from its saved `rrms`."""
+    for row in range(x.shape[0]):
+        scale = rrms[row]
+        for i in range(x.shape[1]):
+            y[row, i] = x[row, i] * scale * weight[i]
+
+
+@njit
+def backward_into(dx, dweight, dy, x, weight, rrms):  # type: ignore[no-untyped-def]
+    """Overwrites dx, adds to dweight."""
+    width = x.shape[1]
+    for row in range(x.shape[0]):
+        scale, dot = rrms[row], np.float32(0.0)
+        for i in range(width):
+            dot += dy[row, i] * weight[i] * x[row, i]
+        shift = dot * scale * scale / np.float32(width)  # dx = scale * (dy * weight - xhat * mean(dy * weight * xhat))
+        for i in range(width):
+            dweight[i] += dy[row, i] * x[row, i] * scale
+            dx[row, i] = (dy[row, i] * weight[i] - x[row, i] * shift) * scale
+
+
+@njit
+def backward_add_into(dx, dweight, dy, x, weight, rrms):  # type: ignore[no-untyped-def]
+    """Adds to dx (a residual's gradient is already there) and to dweight."""
+    width = x.shape[1]
+    for row in range(x.shape[0]):
+        scale, dot = rrms[row], np.float32(0.0)
+        for i in range(width):
+            dot += dy[row, i] * weight[i] * x[row, i]
+        shift = dot * scale * scale / np.float32(width)
+        for i in range(width):
+            dweight[i] += dy[row, i] * x[row, i] * scale
+            dx[row, i] += (dy[row, i] * weight[i] - x[row, i] * shift) * scale
+
+
+def _rows(x: Floats) -> Floats:
+    return x.reshape(-1, x.shape[-1])
+
+
+def rmsnorm_forward(x: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
+    y, rrms = np.empty_like(x), np.empty(x.shape[:-1], x.dtype)
+    forward_into(_rows(y), rrms.reshape(-1), _rows(x), weight, eps)
+    return y, rrms
+
+
+def rmsnorm_backward(dy: Floats, x: Floats, weight: Floats, rrms: Floats) -> tuple[Floats, Floats]:
+    dx, dweight = np.empty_like(x), np.zeros_like(weight)
+    backward_into(_rows(dx), dweight, _rows(dy), _rows(x), weight, rrms.reshape(-1))
+    return dx, dweight
+
+
+def rmsnorm_residual_forward(x: Floats, residual: Floats, weight: Floats, eps: float) -> tuple[Floats, Floats]:
+    y, rrms = np.empty_like(x), np.empty(x.shape[:-1], x.dtype)
+    residual_forward_into(_rows(y), rrms.reshape(-1), _rows(x), _rows(residual), weight, eps)
+    return y, rrms
+
+
+def rmsnorm_residual_backward(dy: Floats, x: Floats, weight: Floats, rrms: Floats) -> tuple[Floats, Floats, Floats]:
+    dx, dweight = rmsnorm_backward(dy, x, weight, rrms)
+    return dx, dy.copy(), dweight

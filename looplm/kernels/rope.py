@@ -1,0 +1,45 @@
+"""Rotary positions, rotate-half: channel i turns with channel i + K/2."""
+
+import functools
+
+import numpy as np
+
+from ..arrays import Floats, Ints
+from .jit import njit
+
+
+@functools.lru_cache(maxsize=8)
+def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Floats, Floats]:
+    """Cosines and sines, `positions` x K/2, of position * theta**(-2i/K), computed in float64."""
+    inverse_frequency = theta ** (-np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+    angle = np.arange(positions, dtype=np.float64)[:, None] * inverse_frequency
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+@njit
+def rotate_in_place(x, heads, position, cos, sin, sign):  # type: ignore[no-untyped-def]
+    """The first `heads` heads of x: NHK, position: N.  sign = 1 turns forward, -1 back (the transpose: the gradient)."""
+    half = x.shape[2] // 2
+    for row in range(x.shape[0]):
+        c, s = cos[position[row]], sin[position[row]]
+        for head in range(heads):
+            low, high = x[row, head, :half], x[row, head, half:]
+            for i in range(half):
+                a, b, turn = low[i], high[i], sign * s[i]
+                low[i] = a * c[i] - b * turn
+                high[i] = b * c[i] + a * turn
+
+
+def _rotated(x: Floats, position: Ints, theta: float, sign: float) -> tuple[Floats]:
+    cos, sin = rope_tables(int(position.max()) + 1, x.shape[-1], float(theta))
+    y = np.ascontiguousarray(x).copy()
+    rotate_in_place(y.reshape(-1, *x.shape[2:]), x.shape[2], position.reshape(-1), cos, sin, np.float32(sign))
+    return (y,)
+
+
+def rope_forward(x: Floats, position: Ints, theta: float) -> tuple[Floats]:
+    return _rotated(x, position, theta, 1.0)
+
+
+def rope_backward(dy: Floats, position: Ints, theta: float) -> tuple[Floats]:
+    return _rotated(dy, position, theta, -1.0)

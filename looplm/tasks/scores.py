@@ -1,0 +1,57 @@
+"""What a model answers on a task's new sequences: accuracy by difficulty and loop, and where it would stop."""
+
+import dataclasses
+
+import numpy as np
+
+from ..arrays import Array, Floats, Ints
+from ..kernels import exit_loop
+from ..model import forward
+from ..weights import Weights
+from .hops import HopsSource, accuracy_by_hop_and_loop, hops_of, mean_by_hop
+
+SCORED_BATCHES = 24
+
+
+@dataclasses.dataclass(frozen=True)
+class HopsAnswers:
+    """predictions: RBS, hidden: RBSD, target: BS, hops: B, over several batches laid end to end."""
+
+    predictions: Ints
+    hidden: Floats
+    target: Ints
+    hops: Ints
+
+    def accuracy(self) -> Array:
+        """One row per number of hops, one column per loop."""
+        return accuracy_by_hop_and_loop(self.predictions, self.target, self.hops)
+
+    def at_threshold(self, exit_prob: Floats, q: float) -> tuple[Array, Array]:
+        """Mean exit loop (from 1) and accuracy by number of hops, when every position stops by q.  exit_prob: RBS."""
+        (stop,) = exit_loop(exit_prob, q)
+        right = np.take_along_axis(self.predictions, stop[None], axis=0)[0] == self.target
+        return mean_by_hop(stop + 1.0, self.target, self.hops), mean_by_hop(right, self.target, self.hops)
+
+
+def answer(weights: Weights, source: HopsSource, batches: int = SCORED_BATCHES, threads: int = 1) -> HopsAnswers:
+    """Run the model on sequences that no step trained on."""
+    predictions, hidden, targets, hops = [], [], [], []
+    for batch in source.validation(batches):
+        trace = forward(weights, batch.input_ids, threads=threads)
+        best = np.empty(trace.hidden.shape[:3], np.int64)
+        flat = best.reshape(best.shape[0], -1)
+
+        def keep(r: int, part: slice, logits: Floats, flat: Ints = flat) -> None:
+            flat[r, part] = logits.argmax(axis=1)
+
+        trace.token_loss(batch.target, keep)
+        predictions.append(best)
+        hidden.append(trace.hidden)
+        targets.append(batch.target)
+        hops.append(hops_of(batch.input_ids))
+    return HopsAnswers(
+        np.concatenate(predictions, axis=1),
+        np.concatenate(hidden, axis=1),
+        np.concatenate(targets),
+        np.concatenate(hops),
+    )

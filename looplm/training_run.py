@@ -1,0 +1,210 @@
+"""A Stage I run in its folder: prepared from settings, saved as it goes, resumed where it was.
+
+The state file is the truth to resume from; the model folder beside it is written from the same weights at the same
+moment, for everything else to open.
+"""
+
+import dataclasses
+import json
+import pathlib
+import platform
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from . import __version__
+from .atomic import write_text
+from .checkpoint import save_model
+from .config import ModelConfig
+from .corpus import corpus_kind
+from .data import TextSource, load_tokens, prepare_text, save_tokens
+from .errors import CheckpointError
+from .run_folder import RunFolder
+from .settings import RunConfig, from_yaml, to_yaml
+from .tasks.hops import HopsSource
+from .text import Tokenizer, tokenizer_config_json
+from .training import EvalReport, Progress, Report, StepReport, Trainer
+from .weights import Weights, initialise, parameter_count
+
+Source = TextSource | HopsSource
+
+
+@dataclasses.dataclass
+class TrainingRun:
+    """One run: its folder, settings, tokenizer, source of batches and trainer."""
+
+    folder: RunFolder
+    config: RunConfig
+    tokenizer: Tokenizer
+    source: Source
+    trainer: Trainer
+    origin: list[dict[str, Any]]
+    _saved_step: int = -1
+
+    @property
+    def weights(self) -> Weights:
+        return self.trainer.weights
+
+    def reports(self) -> Iterator[Report]:
+        """Train to the end, saving and logging on the way.  Leave the loop to stop; then `save()` what was reached."""
+        train, saved_at = self.config.train, time.monotonic()
+        for report in self.trainer.run():
+            self.folder.append_log(_log_line(report))
+            if isinstance(report, StepReport):
+                due = (
+                    report.step % train.checkpoint_every == 0
+                    if train.checkpoint_every
+                    else time.monotonic() - saved_at >= train.checkpoint_seconds
+                )
+                if due or report.step == report.total_steps:
+                    self.save()
+                    saved_at = time.monotonic()
+            yield report
+
+    def save(self) -> None:
+        """Write state and model folder for the present step, unless that is done already."""
+        trainer = self.trainer
+        if self._saved_step == trainer.progress.step:
+            return
+        optimizer = trainer.optimizer
+        self.folder.save_state(
+            self.weights.contiguous(), optimizer.first_moment, optimizer.second_moment, trainer.state()
+        )
+        save_model(
+            self.folder.model,
+            self.weights,
+            self.tokenizer.json,
+            tokenizer_config_json(self.tokenizer, self.weights.config.max_position_embeddings),
+            self.provenance(),
+        )
+        self._saved_step = trainer.progress.step
+
+    def provenance(self) -> dict[str, Any]:
+        """Where the model comes from: `looplm.json` of its folder."""
+        progress = self.trainer.progress
+        return {
+            "looplm": __version__,
+            "task": self.source.kind,
+            "task_settings": self.source.settings if isinstance(self.source, HopsSource) else {},
+            "corpus": self.origin,
+            "preset": self.config.preset,
+            "stage": 1,
+            "steps": progress.step,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            "trained_loops": self.weights.config.total_ut_steps,
+            "entropy_weight": self.config.train.entropy_weight,
+            "prior": self.config.train.prior,
+            "seed": self.config.train.seed,
+            "python": platform.python_version(),
+        }
+
+
+def start_run(config: RunConfig, out_dir: pathlib.Path) -> TrainingRun:
+    """Read the corpus, train the tokenizer, initialise the weights and write what a resumed run needs.
+
+    Raises: LoopLMError for anything wrong with settings, corpus or folder, before a file is written where possible.
+    """
+    corpus = list(config.data.corpus)
+    if corpus_kind(corpus) == "text":
+        prepared = prepare_text(config.data, config.train.seq_len)
+        tokenizer, origin, bytes_per_token = prepared.tokenizer, prepared.origin, prepared.bytes_per_token
+    else:
+        tokenizer, origin, bytes_per_token = _hops(config).tokenizer(), [{"source": corpus[0]}], None
+    model = config.model_config(**_token_settings(config, tokenizer))
+    folder = RunFolder.create(out_dir)
+    config = dataclasses.replace(config, model=_shape_settings(model))
+    write_text(folder.config, to_yaml(config))
+    if bytes_per_token is not None:
+        save_tokens(folder.data / "train.npy", prepared.train_ids)
+        save_tokens(folder.data / "val.npy", prepared.val_ids)
+    write_text(folder.data / "tokenizer.json", tokenizer.json)
+    write_text(folder.data / "meta.json", json.dumps({"origin": origin, "bytes_per_token": bytes_per_token}) + "\n")
+    return _assemble(folder, config, initialise(model, config.init, config.train.seed))
+
+
+def resume_run(path: pathlib.Path, threads: int = 0) -> TrainingRun:
+    """Go on from a run's last checkpoint, with the number of threads it had unless another is asked for.
+
+    Raises: CheckpointError if there is nothing to go on from.
+    """
+    folder = RunFolder.open(path)
+    config = from_yaml(folder.config)
+    flat, first_moment, second_moment, meta = folder.load_state()
+    used = int(meta.pop("threads"))
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads or used))
+    model = config.model_config()
+    if flat.size != parameter_count(model):
+        raise CheckpointError(
+            f"{folder.state} holds {flat.size} parameters, config.yaml asks for {parameter_count(model)}",
+            "config.yaml was changed: put it back, or train anew",
+        )
+    run = _assemble(folder, config, Weights.from_flat(model, flat))
+    run.trainer.optimizer.first_moment[:] = first_moment
+    run.trainer.optimizer.second_moment[:] = second_moment
+    run.trainer.progress = Progress(**meta)
+    folder.truncate_log(run.trainer.progress.step)
+    return run
+
+
+def held_out_source(run_folder: RunFolder) -> Source:
+    """A run's held-out data without the rest of the run, for evaluation and calibration."""
+    return _source(run_folder, from_yaml(run_folder.config))
+
+
+def _assemble(folder: RunFolder, config: RunConfig, weights: Weights) -> TrainingRun:
+    meta = json.loads((folder.data / "meta.json").read_text(encoding="utf-8"))
+    tokenizer = Tokenizer.from_file(folder.data / "tokenizer.json")
+    source = _source(folder, config)
+    return TrainingRun(folder, config, tokenizer, source, Trainer(weights, source, config.train), meta["origin"])
+
+
+def _source(folder: RunFolder, config: RunConfig) -> Source:
+    if corpus_kind(list(config.data.corpus)) != "text":
+        return _hops(config)
+    meta = json.loads((folder.data / "meta.json").read_text(encoding="utf-8"))
+    return TextSource(
+        load_tokens(folder.data / "train.npy"),
+        load_tokens(folder.data / "val.npy"),
+        config.train.batch_size,
+        config.train.seq_len,
+        config.train.seed,
+        meta["bytes_per_token"],
+        config.model["vocab_size"],
+    )
+
+
+def _hops(config: RunConfig) -> HopsSource:
+    return HopsSource(config.train.batch_size, config.train.seq_len, config.train.seed)
+
+
+def _token_settings(config: RunConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    given = {"bos_token_id": tokenizer.bos_id, "eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.eos_id}
+    return {**given, "vocab_size": max(tokenizer.vocab_size, config.model.get("vocab_size", 0))}
+
+
+def _shape_settings(model: ModelConfig) -> dict[str, Any]:
+    return {name: value for name, value in dataclasses.asdict(model).items() if value is not None}
+
+
+def _log_line(report: Report) -> dict[str, Any]:
+    """A line of log.jsonl; floats keep enough digits to tell two runs apart bit for bit."""
+    if isinstance(report, StepReport):
+        return {"kind": "step", **dataclasses.asdict(report)}
+    return {"kind": "eval", "step": report.step, "final": report.final, **evaluation_json(report)}
+
+
+def evaluation_json(report: EvalReport) -> dict[str, Any]:
+    """Held-out figures by loop, as the log and `--json` give them."""
+    found = report.evaluation
+    bits = [found.bits_per_byte(loss) for loss in found.loss]
+    return {
+        "val_loss": [float(loss) for loss in found.loss],
+        "val_bits_per_byte": None if bits[0] is None else [float(b) for b in bits if b is not None],
+        "val_accuracy": [float(a) for a in found.accuracy],
+        "exit_prob": [float(p) for p in found.exit_prob],
+        "hazard": [float(h) for h in found.hazard],
+        "val_tokens": int(np.asarray(found.tokens)),
+    }
