@@ -58,7 +58,9 @@ def synced(text: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    stale = [path for path in documents() if synced(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")]
+    stale = [
+        path for path in documents() if synced(path.read_text(encoding="utf-8")) != path.read_text(encoding="utf-8")
+    ]
     for path in stale:
         print(f"{path.relative_to(ROOT)} {'is stale' if '--check' in arguments else 'rewritten'}")
         if "--check" not in arguments:

@@ -11,8 +11,6 @@ Knowingly not here: sharing one slot among the loops, or keeping fewer than all 
 
 from typing import Literal, get_args
 
-import numpy as np
-
 from .arrays import Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .layer import Past
@@ -73,9 +71,3 @@ class KeyValueCache:
                 for row, r in enumerate(exit_index):
                     by_loop[r + 1 :, :, row, self.filled] = by_loop[r, :, row, self.filled]
         self.filled += 1
-
-
-def bytes_per_position(config: ModelConfig, loops: int) -> int:
-    """Bytes that one position of one row takes in the cache, whatever its policy."""
-    channels = config.num_key_value_heads * config.head_dim
-    return 2 * loops * config.num_hidden_layers * channels * np.dtype(np.float32).itemsize

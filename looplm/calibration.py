@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .arrays import Floats
+from .arrays import Array, Floats
 from .data import Batch
 from .errors import DataError
 from .kernels import adamw_update, exit_distribution_forward, exit_loop, gate_backward, gate_forward
@@ -138,7 +138,7 @@ def contest(old: Gate, new: Gate, seen: Observations) -> Contest:
     return Contest(first, second, float((losses[0] - losses[1]).mean()), (low, high))
 
 
-def _strictly_rising(curve: list[tuple[float, float]]) -> tuple[Floats, Floats]:
+def _strictly_rising(curve: list[tuple[float, float]]) -> tuple[Array, Array]:
     """The curve's loops and losses, thresholds with the same mean loops averaged."""
     loops, losses = np.array(curve).T
     unique, group = np.unique(loops, return_inverse=True)

@@ -51,7 +51,7 @@ class ModelConfig:
     pad_token_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name in REQUIRED + ("num_key_value_heads", "head_dim", "rope_theta"):
+        for name in (*REQUIRED, "num_key_value_heads", "head_dim", "rope_theta"):
             value = getattr(self, name)
             if not value > 0:
                 raise ConfigError(f"model.{name}={value} is not positive", f"give model.{name} a value above 0")
@@ -182,4 +182,5 @@ def _check_types(found: dict[str, Any], where: str) -> None:
         wanted = int if field.type == int | None else field.type
         if type(value) is not wanted:
             name = getattr(wanted, "__name__", str(wanted))
-            raise ConfigError(f"{where}: {field.name}={value!r} is {type(value).__name__}, expected {name}")
+            seen = f"{where}: {field.name}={value!r} is {type(value).__name__}, expected {name}"
+            raise ConfigError(seen, f"correct {field.name} in that file")

@@ -13,7 +13,15 @@ import numpy as np
 
 from .arrays import Floats, Ints, aligned_empty
 from .config import ModelConfig
-from .kernels import cross_entropy, embedding, exit_distribution_forward, exit_loop, gate_backward, gate_forward, rmsnorm
+from .kernels import (
+    cross_entropy,
+    embedding,
+    exit_distribution_forward,
+    exit_loop,
+    gate_backward,
+    gate_forward,
+    rmsnorm,
+)
 from .kernels.linear import accumulate_outer
 from .layer import Activations, Placement, Scratch, layer_backward, layer_forward
 from .objectives import StageOne
@@ -165,8 +173,8 @@ def forward(
 
     def work(rows: slice) -> None:
         ids = np.ascontiguousarray(input_ids[rows])
-        tape = Tape(config, *ids.shape, loops, keep=False)
-        place = Placement.of(config, *ids.shape, None if start is None else start[rows])
+        tape = Tape(config, len(ids), length, loops, keep=False)
+        place = Placement.of(config, len(ids), length, None if start is None else start[rows])
         run_loops(weights, tape, hidden[:, rows], ids, place, taps)
 
     run_all(work, shards(batch, 1 if taps is not None else threads))
@@ -226,7 +234,7 @@ def gradient(
     def work(index: int) -> GradientReport:
         rows, tape, dweights = workspace.parts[index], workspace.tapes[index], workspace.gradients[index]
         ids, wanted = np.ascontiguousarray(input_ids[rows]), np.ascontiguousarray(target[rows]).reshape(-1)
-        place = Placement.of(weights.config, *ids.shape, None if start is None else start[rows])
+        place = Placement.of(weights.config, len(ids), ids.shape[1], None if start is None else start[rows])
         dweights.contiguous()[:] = 0.0
         run_loops(weights, tape, tape.hidden, ids, place)
         report = _loss_and_dhidden(weights, dweights, tape, wanted, objective, 1.0 / counted)
@@ -283,9 +291,7 @@ def _loss_and_dhidden(
     )
 
 
-def _backward_through_loops(
-    weights: Weights, dweights: Weights, tape: Tape, input_ids: Ints, place: Placement
-) -> None:
+def _backward_through_loops(weights: Weights, dweights: Weights, tape: Tape, input_ids: Ints, place: Placement) -> None:
     """From the gradients of all states back to the embedding; each loop adds to the same shared tensors."""
     config, layers = weights.config, weights.layers
     loops, rows, width = tape.dhidden.shape

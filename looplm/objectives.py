@@ -84,9 +84,7 @@ class StageTwo:
 
     def value_and_dgate(self, loss: Floats, gate_logit: Floats) -> tuple[Floats, Floats]:
         """loss (a constant here), gate_logit: RN -> objective: N, and its derivative by the gate logits: RN."""
-        continue_prob, counted = continue_target(
-            loss, self.improvement_slope, self.improvement_threshold, self.target
-        )
+        continue_prob, counted = continue_target(loss, self.improvement_slope, self.improvement_threshold, self.target)
         (value,) = stage2_forward(gate_logit, continue_prob, counted)
         ones = np.ones(value.shape, np.float32)
         return value, stage2_backward(ones, gate_logit, continue_prob, counted)[0]

@@ -208,7 +208,7 @@ def load_yaml(path: str | pathlib.Path) -> dict[str, Any]:
 
 
 def parse_settings(settings: Iterable[str]) -> Values:
-    """`["train.steps=10"]` as a mapping; values are read as YAML.  Raises: ConfigError if one is not SECTION.KEY=VALUE."""
+    """`["train.steps=10"]` as a mapping, values read as YAML.  Raises: ConfigError if one is not SECTION.KEY=VALUE."""
     import yaml
 
     values: Values = {}

@@ -8,6 +8,7 @@ threaded product).
 import concurrent.futures
 import ctypes
 import functools
+import itertools
 import os
 import pathlib
 from collections.abc import Callable, Iterator
@@ -31,15 +32,21 @@ def _blas_libraries() -> Iterator[pathlib.Path]:
 
 
 @functools.cache
-def limit_blas_threads() -> bool:
-    """Hold NumPy's bundled OpenBLAS to one thread for the life of the process; False if it is another BLAS."""
+def _blas_setter() -> Callable[[int], object] | None:
     for path in _blas_libraries():
         library = ctypes.CDLL(str(path))
         for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
             if hasattr(library, name):
-                getattr(library, name)(1)
-                return True
-    return False
+                return getattr(library, name)
+    return None
+
+
+def limit_blas_threads(threads: int = 1) -> bool:
+    """Hold NumPy's bundled OpenBLAS to so many threads; False if it is another BLAS."""
+    setter = _blas_setter()
+    if setter is not None:
+        setter(threads)
+    return setter is not None
 
 
 @functools.cache
@@ -51,7 +58,7 @@ def shards(rows: int, threads: int) -> list[slice]:
     """Consecutive, nearly equal parts of `rows`, at most one per thread."""
     parts = max(1, min(rows, threads))
     borders = [rows * part // parts for part in range(parts + 1)]
-    return [slice(begin, end) for begin, end in zip(borders[:-1], borders[1:], strict=True)]
+    return [slice(begin, end) for begin, end in itertools.pairwise(borders)]
 
 
 def run_all(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:

@@ -31,8 +31,8 @@ BUDGET_SHARE = 0.9  # of the minutes that goes into steps; the rest is evaluatio
 class Source(Protocol):
     """Where batches come from: a text or a task."""
 
-    bytes_per_token: float | None
-
+    @property
+    def bytes_per_token(self) -> float | None: ...
     def batch(self, step: int) -> Batch: ...
     def validation(self, max_batches: int | None = None) -> Iterator[Batch]: ...
 
@@ -135,7 +135,7 @@ def decay_segments(weights: Weights) -> list[tuple[slice, bool]]:
 
 
 class Trainer:
-    """Weights, optimizer and progress of one Stage I run.  Set `progress` and the moments to go on from a checkpoint."""
+    """Weights, optimizer and progress of one Stage I run; set `progress` and moments to go on from a checkpoint."""
 
     def __init__(self, weights: Weights, source: Source, config: TrainConfig) -> None:
         self.weights, self.source, self.config = weights, source, config
@@ -175,10 +175,9 @@ class Trainer:
         config, progress, began = self.config, self.progress, time.perf_counter()
         batch = self.source.batch(progress.step)
         if self._workspace is None:
-            self._workspace = GradientWorkspace(self.weights.config, *batch.input_ids.shape, self.threads)
-        found = gradient(
-            self.weights, self._workspace, batch.input_ids, batch.target, self._objective, batch.start
-        )
+            rows, length = batch.input_ids.shape
+            self._workspace = GradientWorkspace(self.weights.config, rows, length, self.threads)
+        found = gradient(self.weights, self._workspace, batch.input_ids, batch.target, self._objective, batch.start)
         mean = 1.0 / max(1, found.tokens)
         if not math.isfinite(found.objective):
             raise _diverged("loss", found.objective, progress.step + 1)

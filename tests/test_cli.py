@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import typer
-from looplm_cli import app, options, render
 from rich.console import Console
 
 from looplm import errors
+from looplm_cli import app, options, render
 
 HEAVY = {"numpy", "numba", "llvmlite", "tokenizers", "safetensors", "yaml"}
 COMMAND = [sys.executable, "-m", "looplm_cli"]
@@ -86,6 +86,12 @@ def test_every_command_shows_its_help_without_the_engine() -> None:
 def test_a_commands_summary_is_the_first_line_of_its_docstring(name: str) -> None:
     assert app.load(name).help.splitlines()[0] == app.COMMANDS[name]
     assert app.load(name).name == name
+
+
+def test_help_wraps_paragraphs_where_the_terminal_ends() -> None:
+    assert app.reflow("One\ntwo.\n\nThree\nfour:\n    indented\n    lines") == (
+        "One two.\n\nThree four:\n    indented\n    lines"
+    )
 
 
 def test_help_lists_every_command_under_both_spellings(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,8 +2,9 @@
 
 A comment line before a block tells the test what the reader need not see:
     <!-- test adds: --steps 20 -->       appended to each command of the block, for what takes minutes
-    <!-- test shows: loop 4; loss -->    texts, separated by semicolons, that the block shows and the real output must too
+    <!-- test shows: loop 4; loss -->    texts that the block shows and the real output must show too
     <!-- test exits: 1 -->               the exit code of the block's commands; 0 where it is not said
+    <!-- test json of: looplm eval -->   the block is JSON with the same keys as the last line this command prints
     <!-- test: run by .ci/run -->        set-up of a fresh machine, which only .ci/run can do
 """
 
@@ -12,6 +13,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import random
 import re
 import shlex
 import shutil
@@ -22,9 +24,11 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 DOCUMENTS = [path.relative_to(ROOT).as_posix() for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))]
-LANGUAGES = {"console", "python", "sh", "json", "jsonl", "yaml", ""}
-BLOCK = re.compile(r"(?P<comments>(?:^<!-- (?:test|source).*? -->\n)*)^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.S | re.M)
-COMMENT = re.compile(r"^<!-- (test adds|test shows|test exits|test|source): (.*?) -->$", re.M)
+LANGUAGES = {"console", "python", "sh", "json", ""}
+BLOCK = re.compile(
+    r"(?P<comments>(?:^<!-- (?:test|source).*? -->\n)*)^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.S | re.M
+)
+COMMENT = re.compile(r"^<!-- (test adds|test shows|test exits|test json of|test|source): (.*?) -->$", re.M)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,14 +59,16 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     (folder / "bin").mkdir()
     (folder / "bin" / "looplm").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m looplm_cli "$@"\n')
     (folder / "bin" / "looplm").chmod(0o755)
-    lines = (f"Line {i}: the {'quick' if i % 3 else 'slow'} fox sees {i % 7} loops and stops." for i in range(400))
-    (folder / "corpus.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    words = [a + b for a in ("lo", "ga", "mi", "te", "ra", "so", "ne") for b in ("op", "te", "nd", "st", "r", "x")]
+    draw = random.Random(0)
+    lines = (" ".join(draw.choices(words, k=12)).capitalize() + ". The fox loops.\n" for _ in range(1500))
+    (folder / "corpus.txt").write_text("".join(lines), encoding="utf-8")
     run(folder, "looplm train corpus.txt --preset nano --steps 20 --seed 0 --out-dir runs/first")
     return folder
 
 
-def run(folder: pathlib.Path, command: str, expected: int = 0) -> str:
-    """Standard output and error of a shell command, after checking its exit code."""
+def run(folder: pathlib.Path, command: str, expected: int = 0, also: int = subprocess.STDOUT) -> str:
+    """Standard output of a shell command, and standard error with it, after checking its exit code."""
     environment = os.environ | {
         "PATH": f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}",
         "NO_COLOR": "1",
@@ -74,11 +80,11 @@ def run(folder: pathlib.Path, command: str, expected: int = 0) -> str:
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        stderr=also,
         text=True,
         timeout=300,
     )
-    assert done.returncode == expected, f"$ {command}\n{done.stdout}"
+    assert done.returncode == expected, f"$ {command}\n{done.stdout}{done.stderr or ''}"
     return done.stdout
 
 
@@ -100,6 +106,26 @@ def test_every_command_runs_and_shows_what_the_page_shows(
         elif block.language == "python" and "source" not in block.notes:
             (folder / "snippet.py").write_text(block.body, encoding="utf-8")
             run(folder, f"{shlex.quote(sys.executable)} snippet.py")
+        elif block.language == "json":
+            printed = run(folder, block.notes["test json of"], also=subprocess.PIPE)
+            line = printed if printed.startswith("{\n") else printed.splitlines()[-1]
+            assert differences(json.loads(block.body), json.loads(line)) == [], block.notes["test json of"]
+
+
+def differences(shown: object, real: object, where: str = "") -> list[str]:
+    """Where two JSON values differ in kind: other keys, or another type.  null and an empty list fit everything."""
+    if isinstance(shown, dict) and isinstance(real, dict):
+        extra = [f"{where}.{key} is shown but not there" for key in shown.keys() - real.keys()]
+        lacking = [f"{where}.{key} is not shown" for key in real.keys() - shown.keys()]
+        both = shown.keys() & real.keys()
+        inner = [line for key in both for line in differences(shown[key], real[key], f"{where}.{key}")]
+        return sorted(extra + lacking + inner)
+    if isinstance(shown, list) and isinstance(real, list):
+        return differences(shown[0], real[0], f"{where}[0]") if shown and real else []
+    kinds = {
+        float if isinstance(value, int) and not isinstance(value, bool) else type(value) for value in (shown, real)
+    }
+    return [] if len(kinds - {type(None)}) < 2 else [f"{where} is {type(real).__name__}"]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -114,9 +140,7 @@ def test_every_block_is_of_a_kind_that_is_checked(document: str) -> None:
         if block.language == "sh":
             assert block.notes == {"test": "run by .ci/run"}
         if block.language == "json":
-            json.loads(block.body)
-        if block.language == "jsonl":
-            assert all(isinstance(json.loads(line), dict) for line in block.body.splitlines())
+            assert "test json of" in block.notes
 
 
 def test_no_comment_for_the_test_is_lost() -> None:
@@ -158,10 +182,20 @@ def test_a_quoted_source_that_went_stale_is_rewritten() -> None:
         tool.source("looplm.errors.Nothing")
 
 
+def test_a_wrong_object_is_objected_to() -> None:
+    real = {"loss": [1.5], "at": [{"q": 1, "exits": []}], "name": "x", "nothing": None}
+    assert differences({"loss": [2], "at": [{"q": 0.5, "exits": [0.1]}], "name": "y", "nothing": 3}, real) == []
+    wrong = {"loss": [], "at": [{"q": "a", "mean": 1}], "name": "y", "nothing": 0, "more": 1}
+    told = [".at[0].exits is not shown", ".at[0].mean is shown but not there", ".at[0].q is int"]
+    assert differences(wrong, real) == [*told, ".more is shown but not there"]
+
+
 def test_a_wrong_page_is_objected_to(trained: pathlib.Path) -> None:
     with pytest.raises(AssertionError, match="no-such-command"):
         run(trained, "looplm no-such-command")
-    page = "<!-- test adds: --x -->\n<!-- test shows: a; b c -->\n```console\n$ looplm a \\\n    b\nout\n$ looplm c\n```\n"
+    page = (
+        "<!-- test adds: --x -->\n<!-- test shows: a; b c -->\n```console\n$ looplm a \\\n    b\nout\n$ looplm c\n```\n"
+    )
     found = BLOCK.search(page)
     block = Block(found["language"], found["body"], dict(COMMENT.findall(found["comments"])))
     assert block.commands == ["looplm a \\\n    b", "looplm c"]

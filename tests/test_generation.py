@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from looplm import generation
-from looplm.cache import KeyValueCache, bytes_per_position
+from looplm.cache import KeyValueCache
 from looplm.config import ModelConfig
 from looplm.errors import DataError, UsageError
 from looplm.exits import Bounded, ExitRule, FixedDepth, LearnedGate, choose_rule, exit_index
@@ -16,6 +16,7 @@ from looplm.layer import Past
 from looplm.model import forward
 from looplm.sampling import GREEDY, Sampling
 from looplm.settings import InitConfig
+from looplm.sizes import memory
 from looplm.weights import Weights, initialise
 
 CONFIG = ModelConfig(
@@ -443,9 +444,9 @@ def test_the_cache_doubles_and_keeps_what_it_has(weights: Weights) -> None:
     np.testing.assert_array_equal(session.cache.keys[:, :, :3], keys)
 
 
-def test_bytes_per_position() -> None:
-    cache = KeyValueCache(CONFIG, batch=1, loops=5, capacity=10)
-    assert cache.keys.nbytes + cache.values.nbytes == 10 * bytes_per_position(CONFIG, loops=5)
+def test_the_cache_takes_the_memory_that_is_stated() -> None:
+    cache = KeyValueCache(CONFIG, batch=1, loops=CONFIG.total_ut_steps, capacity=10)
+    assert cache.keys.nbytes + cache.values.nbytes == 10 * memory(CONFIG)["key_value_per_token"]
 
 
 # ---- stop strings

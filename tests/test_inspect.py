@@ -5,14 +5,14 @@ import pathlib
 
 import numpy as np
 import pytest
-from in_process import looplm, report_of
-from looplm_cli import page, render
-from tiny_models import HELD_OUT, hops_model, text_run, token_count
 
+from in_process import looplm, report_of
 from looplm import analysis
 from looplm.checkpoint import load_model
 from looplm.tasks import hops
 from looplm.text import byte_tokenizer
+from looplm_cli import page, render
+from tiny_models import HELD_OUT, hops_model, text_run, token_count
 
 PROMPT = "the cat sat </script> on\ta mat"
 
@@ -182,7 +182,8 @@ def test_hops_prompts_are_checked(hopping: pathlib.Path) -> None:
 
 
 def test_a_page_cannot_be_broken_by_its_text(model: pathlib.Path) -> None:
-    report = report_of("inspect", "-m", model, "-p", "</script><!--<script>")
+    report = report_of("inspect", "-m", model, "-p", "ab")
+    report["positions"][0]["token"] = "</script><!--<script>"
     report["model"] = "</title><b>{{script}}&"
     built = page.build(report)
     assert built.count("</script>") == 2, "one ends the data, one the program"

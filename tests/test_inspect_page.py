@@ -8,8 +8,13 @@ import shutil
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
+
 from in_process import report_of
+from looplm.kernels import exit_loop
+from looplm_cli.page import build
+from looplm_cli.render import finite
 from tiny_models import text_run
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
@@ -73,12 +78,19 @@ def page(browser: Any, page_file: pathlib.Path) -> Iterator[Any]:
     page.goto(page_file.as_uri())
     yield page
     assert page.complaints == []
-    assert [url for url in page.requests if not url.startswith("data:")] == [page_file.as_uri()]
+    pages = {page_file.as_uri(), page_file.with_name("made.html").as_uri()}
+    assert [url for url in page.requests if not url.startswith("data:") and url not in pages] == []
     context.close()
 
 
 def report(folder: pathlib.Path, q: float, *more: str) -> dict[str, Any]:
     return report_of("inspect", "-m", folder / "run", "-p", PROMPT, "--q", f"{q:g}", *more)
+
+
+def show(page: Any, folder: pathlib.Path, made: dict[str, Any]) -> None:
+    """Open the page of a report that no model gave."""
+    (folder / "made.html").write_text(build(made), encoding="utf-8")
+    page.goto((folder / "made.html").as_uri())
 
 
 def marks(page: Any) -> list[tuple[int, int]]:
@@ -169,19 +181,38 @@ def test_details_follow_mouse_and_keyboard(page: Any, folder: pathlib.Path) -> N
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_every_cell_is_readable_in_light_and_dark(page: Any, scheme: str) -> None:
+def test_every_shade_is_readable_in_light_and_dark(page: Any, folder: pathlib.Path, scheme: str) -> None:
+    shaded = report(folder, 0.7)
+    cells = [loop for position in shaded["positions"] for loop in position["loops"]]
+    for number, loop in enumerate(cells):
+        loop["target_prob"] = (number / (len(cells) - 1)) ** 2
     page.emulate_media(color_scheme=scheme)
+    show(page, folder, shaded)
     paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(int(part) for part in paper.removeprefix("rgb(").removesuffix(")").split(","))
     assert (brightness > 600) if scheme == "light" else (brightness < 150)
-    for shade in range(0, 101, 4):  # the model's own predictions may not reach every shade
-        page.eval_on_selector_all(
-            "td.cell:not(.unknown)",
-            "(cells, shade) => cells.forEach(cell => { cell.style.setProperty('--shade', shade);"
-            " cell.classList.toggle('half', shade > 0.49); cell.classList.toggle('strong', shade > 0.84); })",
-            shade / 100,
-        )
+    for key in ("End", "Home"):  # all cells in use, all but the first loop's not
+        page.focus("#q")
+        page.keyboard.press(key)
         assert min(page.evaluate(CONTRASTS)) >= 4.5
+
+
+def test_marks_are_right_to_the_last_bit_and_text_stays_text(page: Any, folder: pathlib.Path) -> None:
+    made = report(folder, 0.7)
+    exit_prob = np.array([[1, 0, 0, 0], [0.7, 0.1, 0.1, 0.1], [0.5, 0.25, 0.25, 0]], np.float32)
+    for position, law in zip(made["positions"], exit_prob, strict=False):
+        for loop, share in zip(position["loops"], law, strict=True):
+            loop["exit_prob"] = finite(share)
+    made["positions"][0]["token"] = "</script><script>document.title = 'broken'</script>"
+    made["positions"][0]["loops"][0]["top"][0]["token"] = "<img src=x>"
+    show(page, folder, made)
+    for q in (0.0, 0.7, 0.75, 0.76, 1.0):
+        page.fill("#q", str(q))
+        (wanted,) = exit_loop(np.ascontiguousarray(exit_prob.T), q)
+        assert marks(page)[:3] == [(place + 1, r + 1) for place, r in enumerate(wanted.tolist())]
+    assert page.inner_text("#bands thead th .token") == made["positions"][0]["token"]
+    assert "broken" not in page.title()
+    assert page.locator("img").count() == 0
 
 
 def test_tokens_wrap_into_bands_at_every_width_and_on_paper(page: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 from looplm_reference import ops
 from looplm_reference.model import LoopLM
 
@@ -101,7 +102,7 @@ def test_targets_of_minus_one_are_neither_counted_nor_divided_by() -> None:
 
 def test_two_loops_are_two_calls_of_layers_and_norm_by_hand() -> None:
     model, found = tiny(loops=2), tiny(loops=2).forward(IDS)
-    place, h = model.place(2, 5, None), model.weight["model.embed_tokens.weight"][IDS]
+    place, h = model.place(IDS, None), model.weight["model.embed_tokens.weight"][IDS]
     for r in range(2):
         for layer in range(2):
             h, _ = model.layer_forward(r, layer, h, place, None)
@@ -139,7 +140,7 @@ def test_one_layer_is_the_sandwich_written_out() -> None:
     gate = times(normed, "mlp.gate")
     mlp = times(gate / (1.0 + np.exp(-gate)) * times(normed, "mlp.up"), "mlp.down")
     expected = mid + norm(mlp, "post_attention_layernorm_2")
-    assert model.layer_forward(0, 1, x, model.place(2, 5, None), None)[0] == pytest.approx(expected, abs=1e-12)
+    assert model.layer_forward(0, 1, x, model.place(IDS, None), None)[0] == pytest.approx(expected, abs=1e-12)
 
 
 def test_fewer_or_more_loops_share_their_beginning() -> None:
@@ -161,15 +162,10 @@ def test_taps_come_in_forward_order() -> None:
     taps: list[tuple[str, np.ndarray]] = []
     found = tiny().forward(IDS, taps=taps)
     inner = ["x", "q", "k", "v", "attention", "attention_out", "mid", "gate", "up", "mlp_out"]
-    names = [
-        name
-        for r in (1, 2, 3)
-        for name in [
-            *(f"loop{r}.layer{n}.{i}" for n in (1, 2) for i in inner),
-            f"loop{r}.hidden",
-            f"loop{r}.gate_logit",
-        ]
-    ]
+    names = []
+    for r in (1, 2, 3):
+        names += [f"loop{r}.layer{n}.{i}" for n in (1, 2) for i in inner]
+        names += [f"loop{r}.hidden", f"loop{r}.gate_logit"]
     assert [name for name, _ in taps] == names
     arrays = dict(taps)
     assert np.array_equal(arrays["loop2.layer1.x"], found["hidden"][0])
@@ -198,6 +194,17 @@ def test_padded_rows_equal_single_rows() -> None:
     for name in ("hidden", "logits", "gate_logit", "exit_prob"):
         assert model.forward(left, np.array([2, 0]))[name][:, 0, 2:] == pytest.approx(single[name][:, 0], abs=1e-12)
         assert model.forward(right)[name][:, 0, :3] == pytest.approx(single[name][:, 0], abs=1e-12)
+
+
+def test_positions_are_counted_from_the_first_real_one() -> None:
+    """States cannot show it, since rotary scores depend on distances alone; queries and keys do."""
+    padded: list[tuple[str, np.ndarray]] = []
+    alone: list[tuple[str, np.ndarray]] = []
+    model = tiny()
+    model.forward(np.array([[9, 9, *IDS[0, :3]]]), np.array([2]), taps=padded)
+    model.forward(IDS[:1, :3], taps=alone)
+    for (name, ours), (_, theirs) in zip(padded, alone, strict=True):
+        assert ours[:, 2:] == pytest.approx(theirs, abs=1e-12), name
 
 
 def test_greedy_reads_the_loop_where_the_gate_stops() -> None:

@@ -8,8 +8,10 @@ bug of ours and keeps its traceback.
 """
 
 import importlib
+import inspect
 import io
 import os
+import re
 import sys
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -70,8 +72,14 @@ def load(name: str) -> Any:
     """The command of module `looplm_cli.commands.NAME`: its function NAME."""
     module = importlib.import_module(f"looplm_cli.commands.{name}")
     single = typer.Typer(add_completion=False, context_settings=CONTEXT, rich_markup_mode="rich")
-    single.command(name)(getattr(module, name))
+    function = getattr(module, name)
+    single.command(name, help=reflow(inspect.getdoc(function) or ""))(function)
     return typer.main.get_command(single)
+
+
+def reflow(docstring: str) -> str:
+    """Each paragraph on one line, for the terminal to wrap where it ends; indented lines stay lines."""
+    return re.sub(r"(?<=\S)\n(?=\S)", " ", docstring)
 
 
 def _print_version(wanted: bool) -> None:
@@ -95,6 +103,7 @@ def looplm(
     that learns when to stop.
 
     New here? [bold]looplm quickstart[/bold] trains a model in under three minutes and shows what its loops do.
+
     Afterwards: [bold]looplm generate -p "The with statement" --q 0.7[/bold]
     """
     if ctx.invoked_subcommand is None:

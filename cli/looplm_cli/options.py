@@ -64,7 +64,6 @@ QOption = Annotated[
         min=0.0,
         max=1.0,
         callback=finite,
-        show_default=False,
         help="Exit threshold: a token stops at the first loop whose exit probabilities add up to q; 1 means all loops.",
         rich_help_panel=LOOPS,
     ),

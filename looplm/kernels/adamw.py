@@ -7,7 +7,7 @@ from .jit import njit
 
 
 @njit
-def _update(weight, grad, first_moment, second_moment, beta1, beta2, rate, root_scale, eps, keep):  # type: ignore[no-untyped-def]
+def _update(weight, grad, first_moment, second_moment, beta1, beta2, rate, root_scale, eps, keep):
     one = np.float32(1.0)
     for i in range(weight.size):
         g = grad[i]
@@ -18,7 +18,7 @@ def _update(weight, grad, first_moment, second_moment, beta1, beta2, rate, root_
 
 
 @njit
-def _sum_of_squares(grad):  # type: ignore[no-untyped-def]
+def _sum_of_squares(grad):
     """Blocks of 4096 in float32, blocks in float64: as exact as float64 throughout, and vectorised."""
     total = 0.0
     for begin in range(0, grad.size, 4096):

@@ -19,7 +19,7 @@ _LOWEST = np.float32(-3.0e38)
 
 
 @njit
-def _softmax_in_place(scores, lse, first_key, diagonal, scale):  # type: ignore[no-untyped-def]
+def _softmax_in_place(scores, lse, first_key, diagonal, scale):
     """scores: HSP, in place; query s sees keys first_key .. diagonal + s.  A query before first_key gets zeros."""
     for head in range(scores.shape[0]):
         for s in range(scores.shape[1]):
@@ -47,7 +47,7 @@ def _softmax_in_place(scores, lse, first_key, diagonal, scale):  # type: ignore[
 
 
 @njit
-def _probabilities_again(scores, lse, first_key, diagonal, scale):  # type: ignore[no-untyped-def]
+def _probabilities_again(scores, lse, first_key, diagonal, scale):
     """scores: HSP -> softmax probabilities in place, from the saved log-sum-exp."""
     for head in range(scores.shape[0]):
         for s in range(scores.shape[1]):
@@ -63,7 +63,7 @@ def _probabilities_again(scores, lse, first_key, diagonal, scale):  # type: igno
 
 
 @njit
-def _score_gradient(dscores, prob, dy, y, scale):  # type: ignore[no-untyped-def]
+def _score_gradient(dscores, prob, dy, y, scale):
     """dscores: HSP holds dy @ v.T; becomes p * (dy @ v.T - dy . y) * scale.  dy, y: SHK."""
     for head in range(prob.shape[0]):
         for s in range(prob.shape[1]):
@@ -76,7 +76,7 @@ def _score_gradient(dscores, prob, dy, y, scale):  # type: ignore[no-untyped-def
 
 
 @njit
-def _attend_few(y, lse, q, k, v, keys, start, scores):  # type: ignore[no-untyped-def]
+def _attend_few(y, lse, q, k, v, keys, start, scores):
     """y: BSHK for a handful of queries, one (row, query, head) after the other; the first `keys` positions of k, v."""
     batch, queries, heads, channels = q.shape
     per_group = heads // k.shape[2]
@@ -121,7 +121,9 @@ def _by_group(x: Array, groups: int) -> Array:
     return x.reshape(queries, groups, heads // groups, channels).transpose(1, 2, 0, 3)
 
 
-def attend_into(y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, keys: int, start: Ints, scores: Floats) -> None:
+def attend_into(
+    y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, keys: int, start: Ints, scores: Floats
+) -> None:
     """y: BSHK and lse: BSH from q: BSHK and the first `keys` positions of k, v: BPGK.
 
     q, k and v may be views into one projection; whole cache slots keep the one-call kernel on contiguous memory.

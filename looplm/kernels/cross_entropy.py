@@ -10,7 +10,7 @@ _ZERO = np.float32(0.0)
 
 
 @njit
-def loss_into(loss, lse, logits, target):  # type: ignore[no-untyped-def]
+def loss_into(loss, lse, logits, target):
     for row in range(logits.shape[0]):
         values = logits[row]
         highest = values[0]
@@ -24,7 +24,7 @@ def loss_into(loss, lse, logits, target):  # type: ignore[no-untyped-def]
 
 
 @njit
-def gradient_into(dlogits, dloss, logits, target, lse):  # type: ignore[no-untyped-def]
+def gradient_into(dlogits, dloss, logits, target, lse):
     """dlogits may be logits itself."""
     for row in range(logits.shape[0]):
         if target[row] < 0:

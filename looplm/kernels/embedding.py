@@ -7,13 +7,13 @@ from .jit import njit
 
 
 @njit
-def gather_into(y, input_ids, weight):  # type: ignore[no-untyped-def]
+def gather_into(y, input_ids, weight):
     for row in range(input_ids.size):
         y[row, :] = weight[input_ids[row], :]
 
 
 @njit
-def scatter_add_into(dweight, dy, input_ids):  # type: ignore[no-untyped-def]
+def scatter_add_into(dweight, dy, input_ids):
     for row in range(input_ids.size):
         into = dweight[input_ids[row]]
         for i in range(dy.shape[1]):

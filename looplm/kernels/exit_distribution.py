@@ -11,17 +11,17 @@ from .jit import njit
 
 
 @njit(inline="always")
-def sigmoid(z):  # type: ignore[no-untyped-def]
+def sigmoid(z):
     return 1.0 / (1.0 + np.exp(-z)) if z >= 0.0 else np.exp(z) / (1.0 + np.exp(z))
 
 
 @njit(inline="always")
-def log_sigmoid(z):  # type: ignore[no-untyped-def]
+def log_sigmoid(z):
     return min(z, 0.0) - np.log1p(np.exp(-abs(z)))
 
 
 @njit
-def distribution_into(exit_prob, log_exit_prob, gate_logit):  # type: ignore[no-untyped-def]
+def distribution_into(exit_prob, log_exit_prob, gate_logit):
     loops, rows = gate_logit.shape
     for row in range(rows):
         log_survival = 0.0
@@ -35,7 +35,7 @@ def distribution_into(exit_prob, log_exit_prob, gate_logit):  # type: ignore[no-
 
 
 @njit
-def _backward_into(dgate_logit, dexit_prob, gate_logit):  # type: ignore[no-untyped-def]
+def _backward_into(dgate_logit, dexit_prob, gate_logit):
     loops, rows = gate_logit.shape
     for row in range(rows):
         dgate_logit[loops - 1, row] = 0.0
@@ -53,7 +53,7 @@ def _backward_into(dgate_logit, dexit_prob, gate_logit):  # type: ignore[no-unty
 
 
 @njit
-def _exit_loop_into(exit_index, exit_prob, exit_threshold):  # type: ignore[no-untyped-def]
+def _exit_loop_into(exit_index, exit_prob, exit_threshold):
     loops, rows = exit_prob.shape
     for row in range(rows):
         exit_index[row] = loops - 1

@@ -14,6 +14,7 @@ from typing import Any
 
 import llvmlite.binding
 import numba
+import numba.core.config
 
 # nnan and ninf are left out on purpose: with them a NaN test on a NaN array answers False.
 # The default error model checks every division for zero, which stops vectorisation (SwiGLU ran 7 times slower).
@@ -22,6 +23,9 @@ _OPTIONS: dict[str, Any] = {
     "error_model": "numpy",
     "fastmath": {"nsz", "arcp", "contract", "afn", "reassoc"},
 }
+
+
+_CONFIG: Any = numba.core.config
 
 
 def _source_hash() -> str:
@@ -73,18 +77,18 @@ def processor() -> dict[str, Any]:
     }
 
 
-def njit(function: Callable[..., Any] | None = None, *, inline: str = "never") -> Any:
+def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never") -> Any:
     """`numba.njit` with this project's flags; the cache folder is ours only while decorating."""
 
     def decorate(target: Callable[..., Any]) -> Any:
-        before = numba.config.CACHE_DIR
-        numba.config.CACHE_DIR = _CACHE or before
+        before = _CONFIG.CACHE_DIR
+        _CONFIG.CACHE_DIR = _CACHE or before
         try:
-            return numba.njit(cache=_CACHE is not None, inline=inline, **_OPTIONS)(target)
+            return numba.njit(**_OPTIONS, cache=_CACHE is not None, inline=inline)(target)
         finally:
-            numba.config.CACHE_DIR = before
+            _CONFIG.CACHE_DIR = before
 
     return decorate if function is None else decorate(function)
 
 
-JIT_DISABLED = bool(numba.config.DISABLE_JIT)
+JIT_DISABLED = bool(_CONFIG.DISABLE_JIT)

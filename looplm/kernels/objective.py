@@ -12,7 +12,7 @@ from .jit import njit
 
 
 @njit
-def _stage1_into(objective, exit_prob, log_exit_prob, loss, log_prior, entropy_weight):  # type: ignore[no-untyped-def]
+def _stage1_into(objective, exit_prob, log_exit_prob, loss, log_prior, entropy_weight):
     for row in range(loss.shape[1]):
         total = 0.0
         for r in range(loss.shape[0]):
@@ -25,7 +25,7 @@ def _stage1_into(objective, exit_prob, log_exit_prob, loss, log_prior, entropy_w
 @njit
 def _stage1_backward_into(
     dloss, dgate_logit, dobjective, loss, exit_prob, log_exit_prob, gate_logit, log_prior, entropy_weight
-):  # type: ignore[no-untyped-def]
+):
     loops = loss.shape[0]
     for row in range(loss.shape[1]):
         scale = np.float64(dobjective[row])
@@ -43,7 +43,7 @@ def _stage1_backward_into(
 
 
 @njit
-def _stage2_into(objective, gate_logit, continue_prob, counted):  # type: ignore[no-untyped-def]
+def _stage2_into(objective, gate_logit, continue_prob, counted):
     loops = gate_logit.shape[0]
     for row in range(gate_logit.shape[1]):
         total = 0.0
@@ -55,7 +55,7 @@ def _stage2_into(objective, gate_logit, continue_prob, counted):  # type: ignore
 
 
 @njit
-def _stage2_backward_into(dgate_logit, dobjective, gate_logit, continue_prob, counted):  # type: ignore[no-untyped-def]
+def _stage2_backward_into(dgate_logit, dobjective, gate_logit, continue_prob, counted):
     loops = gate_logit.shape[0]
     for row in range(gate_logit.shape[1]):
         for r in range(loops):
@@ -67,9 +67,7 @@ def _flat(x: Floats) -> Floats:
     return np.ascontiguousarray(x).reshape(x.shape[0], -1)
 
 
-def stage1_forward(
-    loss: Floats, gate_logit: Floats, log_prior: Floats, entropy_weight: float
-) -> tuple[Floats, Floats]:
+def stage1_forward(loss: Floats, gate_logit: Floats, log_prior: Floats, entropy_weight: float) -> tuple[Floats, Floats]:
     objective = np.empty(loss.shape[1:], np.float32)
     exit_prob, log_exit_prob = np.empty(loss.shape, np.float32), np.empty(loss.shape, np.float32)
     distribution_into(_flat(exit_prob), _flat(log_exit_prob), _flat(gate_logit))
@@ -107,9 +105,7 @@ def stage2_forward(gate_logit: Floats, continue_prob: Floats, counted: Floats) -
 
 def stage2_backward(dobjective: Floats, gate_logit: Floats, continue_prob: Floats, counted: Floats) -> tuple[Floats]:
     dgate_logit = np.empty(gate_logit.shape, np.float32)
-    _stage2_backward_into(
-        _flat(dgate_logit), dobjective.reshape(-1), _flat(gate_logit), _flat(continue_prob), counted
-    )
+    _stage2_backward_into(_flat(dgate_logit), dobjective.reshape(-1), _flat(gate_logit), _flat(continue_prob), counted)
     return (dgate_logit,)
 
 

@@ -7,7 +7,7 @@ from .jit import njit
 
 
 @njit
-def forward_into(y, rrms, x, weight, eps):  # type: ignore[no-untyped-def]
+def forward_into(y, rrms, x, weight, eps):
     width = x.shape[1]
     for row in range(x.shape[0]):
         total = np.float32(0.0)
@@ -20,7 +20,7 @@ def forward_into(y, rrms, x, weight, eps):  # type: ignore[no-untyped-def]
 
 
 @njit
-def residual_forward_into(y, rrms, x, residual, weight, eps):  # type: ignore[no-untyped-def]
+def residual_forward_into(y, rrms, x, residual, weight, eps):
     width = x.shape[1]
     for row in range(x.shape[0]):
         total = np.float32(0.0)
@@ -33,7 +33,7 @@ def residual_forward_into(y, rrms, x, residual, weight, eps):  # type: ignore[no
 
 
 @njit
-def normed_into(y, x, weight, rrms):  # type: ignore[no-untyped-def]
+def normed_into(y, x, weight, rrms):
     """The forward's output again, from its saved `rrms`."""
     for row in range(x.shape[0]):
         scale = rrms[row]
@@ -42,7 +42,7 @@ def normed_into(y, x, weight, rrms):  # type: ignore[no-untyped-def]
 
 
 @njit
-def backward_into(dx, dweight, dy, x, weight, rrms):  # type: ignore[no-untyped-def]
+def backward_into(dx, dweight, dy, x, weight, rrms):
     """Overwrites dx, adds to dweight."""
     width = x.shape[1]
     for row in range(x.shape[0]):
@@ -56,7 +56,7 @@ def backward_into(dx, dweight, dy, x, weight, rrms):  # type: ignore[no-untyped-
 
 
 @njit
-def backward_add_into(dx, dweight, dy, x, weight, rrms):  # type: ignore[no-untyped-def]
+def backward_add_into(dx, dweight, dy, x, weight, rrms):
     """Adds to dx (a residual's gradient is already there) and to dweight."""
     width = x.shape[1]
     for row in range(x.shape[0]):

@@ -17,8 +17,8 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Floats, Fl
 
 
 @njit
-def rotate_in_place(x, heads, position, cos, sin, sign):  # type: ignore[no-untyped-def]
-    """The first `heads` heads of x: NHK, position: N.  sign = 1 turns forward, -1 back (the transpose: the gradient)."""
+def rotate_in_place(x, heads, position, cos, sin, sign):
+    """The first `heads` heads of x: NHK, position: N.  sign = 1 turns forward, -1 back (the gradient)."""
     half = x.shape[2] // 2
     for row in range(x.shape[0]):
         c, s = cos[position[row]], sin[position[row]]

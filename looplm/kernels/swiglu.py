@@ -14,7 +14,7 @@ _ONE = np.float32(1.0)
 
 
 @njit
-def forward_into(y, gate_up):  # type: ignore[no-untyped-def]
+def forward_into(y, gate_up):
     half = y.shape[1]
     for row in range(y.shape[0]):
         gate, up, out = gate_up[row, :half], gate_up[row, half:], y[row]
@@ -23,7 +23,7 @@ def forward_into(y, gate_up):  # type: ignore[no-untyped-def]
 
 
 @njit
-def backward_into(dgate_up, dy, gate_up):  # type: ignore[no-untyped-def]
+def backward_into(dgate_up, dy, gate_up):
     half = dy.shape[1]
     for row in range(dy.shape[0]):
         gate, up, d = gate_up[row, :half], gate_up[row, half:], dy[row]

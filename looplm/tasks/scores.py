@@ -38,8 +38,8 @@ def answer(weights: Weights, source: HopsSource, batches: int = SCORED_BATCHES, 
     predictions, hidden, targets, hops = [], [], [], []
     for batch in source.validation(batches):
         trace = forward(weights, batch.input_ids, threads=threads)
-        best = np.empty(trace.hidden.shape[:3], np.int64)
-        flat = best.reshape(best.shape[0], -1)
+        best: Ints = np.empty(trace.hidden.shape[:3], np.int64)
+        flat = best.reshape(len(best), -1)
 
         def keep(r: int, part: slice, logits: Floats, flat: Ints = flat) -> None:
             flat[r, part] = logits.argmax(axis=1)

@@ -15,7 +15,7 @@ Dims = Mapping[str, int]
 Draw = Callable[[np.random.Generator, Dims], Array]
 
 TOLERANCE = 2e-6  # relative error of float32 arithmetic on sums of this length
-LARGE = 5e-5  # a score of a hundred, or a logit of some thousands, takes its rounding into an exponent
+LARGE = 2e-5  # a score of a hundred, or a logit of some thousands, takes its rounding into an exponent
 # Sizes within a case differ, so that swapped axes show; but a case also has its 1s, its P = S (training) or its H = G.
 DIMS: tuple[dict[str, int], ...] = (
     {"B": 2, "S": 7, "P": 9, "R": 4, "D": 12, "H": 6, "G": 3, "K": 8, "F": 20, "V": 37, "O": 1, "N": 50},

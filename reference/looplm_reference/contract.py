@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 from unittest import mock
 
@@ -26,6 +26,7 @@ __all__ = [
     "call",
     "check",
     "draw",
+    "first_failure",
     "functions",
     "gradient_check",
     "poisoned_memory",
@@ -47,6 +48,11 @@ class Row:
     @property
     def ok(self) -> bool:
         return self.error <= self.tolerance
+
+
+def first_failure(rows: Iterable[Row]) -> Row | None:
+    """Rows come in the order of the computation, so this one names where it goes wrong."""
+    return next((row for row in rows if not row.ok), None)
 
 
 _SHAPE_LINE = re.compile(r"^(?P<given>\w[\w ,:]*) -> (?P<result>\w[\w ,:()]*)$", re.M)

@@ -78,8 +78,6 @@ class LoopLM:
         tied = bool(config.get("tie_word_embeddings"))
         self.head_name = "model.embed_tokens.weight" if tied else "lm_head.weight"
 
-    # ---- one layer, Section 4.1
-
     def layer_tensor(self, layer: int, name: str) -> str:
         return f"model.layers.{layer}.{name}.weight"
 
@@ -160,22 +158,20 @@ class LoopLM:
         dq, dk, dv = ops.attention_backward(dy, a["q"], a["k"], a["v"], place.start, y, a["lse"])
         (dq,), (dk,) = (ops.rope_backward(d, place.position, self.theta) for d in (dq, dk))
         rows = (*dx.shape[:2], -1)
-        dnormed = sum(
-            back(d.reshape(rows), a["normed_x"], f"self_attn.{name}_proj")
-            for name, d in (("q", dq), ("k", dk), ("v", dv))
-        )
+        dnormed = np.zeros_like(dx)
+        for name, d in (("q", dq), ("k", dk), ("v", dv)):
+            dnormed += back(d.reshape(rows), a["normed_x"], f"self_attn.{name}_proj")
         dbranch, dnorm = ops.rmsnorm_backward(dnormed, a["x"], w[before_attention], a["rrms_x"])
         grads[before_attention] += dnorm
         return dx + dbranch
-
-    # ---- the loop, Section 3.1
 
     def slot(self, r: int, layer: int) -> int:
         """Loop r must not read the keys that another loop's states gave: R * L slots, not L."""
         return r * self.layers + layer
 
-    def place(self, batch: int, length: int, start: Array | None, past: int = 0) -> Place:
+    def place(self, input_ids: Array, start: Array | None, past: int = 0) -> Place:
         """A token's position is counted from its row's first real one, as if the row stood alone."""
+        batch, length = input_ids.shape
         first = np.zeros(batch, np.int64) if start is None else np.asarray(start, np.int64)
         return Place(np.maximum(np.arange(past, past + length) - first[:, None], 0), first)
 
@@ -189,7 +185,8 @@ class LoopLM:
     def run(self, input_ids: Array, place: Place, loops: int | None = None, cache: Cache | None = None) -> Tape:
         """All loops over a batch.  input_ids: BS."""
         (embedded,) = ops.embedding_forward(input_ids, self.weight["model.embed_tokens.weight"])
-        x, layers, norms, hidden, gate_input = embedded, [], [], [], []
+        layers: list[list[dict[str, Array]]] = []
+        x, norms, hidden, gate_input = embedded, [], [], []
         for r in range(self.loops if loops is None else loops):
             layers.append([])
             for layer in range(self.layers):
@@ -228,7 +225,8 @@ class LoopLM:
     def exit_distribution(self, gate_logit: Array) -> Array:
         return ops.exit_distribution_forward(gate_logit)[0]
 
-    def exit_loop(self, exit_prob: Array, exit_threshold: float) -> Array:
+    @staticmethod
+    def exit_loop(exit_prob: Array, exit_threshold: float) -> Array:
         return ops.exit_loop(exit_prob, exit_threshold)[0]
 
     def logits(self, hidden: Array) -> Array:
@@ -242,7 +240,7 @@ class LoopLM:
 
         Intermediate arrays are appended to `taps` in forward order, as loop1.layer1.x ... loop1.gate_logit ...
         """
-        tape = self.run(input_ids, self.place(*input_ids.shape, start), loops)
+        tape = self.run(input_ids, self.place(input_ids, start), loops)
         if taps is not None:
             for r, layers in enumerate(tape.layers, 1):
                 for number, activations in enumerate(layers, 1):
@@ -259,7 +257,8 @@ class LoopLM:
         """The same states, RBSD, from one position at a time: each loop and layer remembers its keys and values."""
         cache, states = Cache(), []
         for s in range(input_ids.shape[1]):
-            tape = self.run(input_ids[:, s : s + 1], self.place(len(input_ids), 1, start, past=s), cache=cache)
+            token = input_ids[:, s : s + 1]
+            tape = self.run(token, self.place(token, start, past=s), cache=cache)
             states.append(tape.hidden)
             cache.filled += 1
         return np.concatenate(states, axis=2)
@@ -275,8 +274,6 @@ class LoopLM:
             logits = np.take_along_axis(out["logits"][:, :, -1], chosen.reshape(1, -1, 1), axis=0)[0]
             input_ids = np.concatenate([input_ids, logits.argmax(-1)[:, None]], axis=1)
         return input_ids
-
-    # ---- training, Sections 3.3 and 3.4
 
     def token_loss(self, hidden: Array, target: Array) -> tuple[Array, Array, Array]:
         """RBS: cross-entropy of every loop's prediction; also the logits and their lse."""
@@ -296,13 +293,13 @@ class LoopLM:
 
         input_ids, target: BS -> objective, loss: RBS, exit_prob: RBS, grads by tensor name.
         """
-        tape = self.run(input_ids, self.place(*input_ids.shape, start))
+        tape = self.run(input_ids, self.place(input_ids, start))
         loss, logits, lse = self.token_loss(tape.hidden, target)
         prior = np.zeros(len(loss)) if log_prior is None else np.asarray(log_prior, np.float64)
         value, exit_prob = ops.stage1_forward(loss, tape.gate_logit, prior, entropy_weight)
         share = (target >= 0) / max(1, (target >= 0).sum())
 
-        grads = {name: np.zeros_like(value) for name, value in self.weight.items()}
+        grads = {name: np.zeros_like(tensor) for name, tensor in self.weight.items()}
         dloss, dgate_logit = ops.stage1_backward(share, loss, tape.gate_logit, prior, entropy_weight)
         dhidden = self.dgate_input(self.gate_backward(dgate_logit, tape.hidden, grads))
         for r in range(len(loss)):
@@ -331,7 +328,7 @@ class LoopLM:
 
         input_ids, target: BS -> objective, and grads of the gate's two tensors.
         """
-        tape = self.run(input_ids, self.place(*input_ids.shape, start))
+        tape = self.run(input_ids, self.place(input_ids, start))
         loss, _, _ = self.token_loss(tape.hidden, target)
         wish, counted = ops.continue_target(loss, improvement_slope, improvement_threshold, target_kind)
         (value,) = ops.stage2_forward(tape.gate_logit, wish, counted)

@@ -29,7 +29,7 @@ def calibrate(
         str,
         typer.Option(
             "--target",
-            help="What the gate learns. paper: go on if this loop just helped; look-ahead: go on if the next will help.",
+            help="What teaches the gate to go on. paper: this loop just helped; look-ahead: the next will help.",
         ),
     ] = "look-ahead",
     accept: Annotated[
@@ -132,9 +132,7 @@ def _verdict(found: "Contest", accept: str, taken: bool) -> str:
 def _measure_json(measured: "GateMeasure") -> dict[str, Any]:
     return {
         "exit_prob": measured.exit_prob,
-        "thresholds": [
-            {"q": q, "mean_loops": loops, "loss": loss} for q, (loops, loss) in measured.thresholds.items()
-        ],
+        "thresholds": [{"q": q, "mean_loops": loops, "loss": loss} for q, (loops, loss) in measured.thresholds.items()],
     }
 
 
@@ -174,22 +172,23 @@ def _by_hop(opened: "Opened", data: "HeldOut", new: "Gate", threads: int | None)
 
 
 def _print(report: dict[str, Any]) -> None:
-    from looplm_cli.render import print_table, stdout
+    from looplm_cli.render import exit_histogram, print_table, stdout
 
     stdout().print(f"judged on one half of {report['data']}", markup=False, soft_wrap=True)
-    rows = []
-    for name in ("before", "after"):
-        measured = report[name]
-        exits = " ".join(f"{p:.2f}" for p in measured["exit_prob"])
-        at = [f"{found['mean_loops']:.2f} · {found['loss']:.4f}" for found in measured["thresholds"]]
-        rows.append([f"{name} (gate {'old' if name == 'before' else 'new'})", exits, *at])
-    thresholds = [f"q = {found['q']:g}" for found in report["before"]["thresholds"]]
-    print_table(["mean loops · loss", "exit distribution", *thresholds], rows)
-    if "hops_before" in report:
-        rows = [
-            [f"{name}, {hop} hop{'s' if hop > 1 else ''}"]
-            + [f"{at['mean_loops'][hop - 1]:.2f} · {at['accuracy'][hop - 1]:.3f}" for at in report[f"hops_{name}"]]
-            for name in ("before", "after")
-            for hop in range(1, len(report["hops_before"][0]["mean_loops"]) + 1)
-        ]
-        print_table(["mean loops · accuracy", *thresholds], rows)
+    before, after = report["before"], report["after"]
+    for name, measured in (("old", before), ("new", after)):
+        stdout().print(f"exit distribution, {name} gate: {exit_histogram(measured['exit_prob'])}", soft_wrap=True)
+    rows = [
+        [f"q = {old['q']:g}", *(f"{at['mean_loops']:.2f}  {at['loss']:.4f}" for at in (old, new))]
+        for old, new in zip(before["thresholds"], after["thresholds"], strict=True)
+    ]
+    print_table(["mean loops and loss", "old gate", "new gate"], rows)
+    if "hops_before" not in report:
+        return
+    rows = [
+        [f"q = {old['q']:g}, {hop} hop{'s' if hop > 1 else ''}"]
+        + [f"{at['mean_loops'][hop - 1]:.2f}  {at['accuracy'][hop - 1]:.3f}" for at in (old, new)]
+        for hop in range(1, len(report["hops_before"][0]["mean_loops"]) + 1)
+        for old, new in zip(report["hops_before"], report["hops_after"], strict=True)
+    ]
+    print_table(["mean loops and accuracy", "old gate", "new gate"], rows)

@@ -120,9 +120,7 @@ def train(
 
     if resume is not None:
         if corpus or out_dir or config or setting or preset:
-            raise UsageError(
-                "--resume takes its corpus and settings from the run folder", "give --resume FOLDER alone"
-            )
+            raise UsageError("--resume takes its corpus and settings from the run folder", "give --resume FOLDER alone")
         run = resume_run(resume, threads or 0)
     else:
         flags: dict[str, dict[str, Any]] = {
