@@ -10,6 +10,7 @@ import pathlib
 import re
 import subprocess
 import sys
+import tomllib
 import types
 from collections.abc import Callable, Iterator
 
@@ -19,7 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 MOST_LINES = 400
 ROOMS = {  # room -> what its files may import besides the standard library
     "looplm/kernels": {"numpy", "looplm"},
-    "looplm": {"numpy", "tokenizers", "safetensors", "yaml", "looplm"},
+    "looplm": {"numpy", "tokenizers", "yaml", "looplm"},
     "reference/looplm_reference": {"numpy", "looplm_reference"},
     "fixtures/looplm_fixtures": {"numpy", "looplm_fixtures"},
     "cli/looplm_cli": {"typer", "rich", "numpy", "yaml", "looplm", "looplm_reference", "looplm_fixtures", "looplm_cli"},
@@ -93,6 +94,19 @@ def foreign_imports(root: pathlib.Path) -> list[str]:
         allowed = ROOMS[room] | (COMPILERS if name in MAY_COMPILE else set()) | set(sys.stdlib_module_names)
         wrong += [f"{name} imports {top}" for top in sorted({i.split(".")[0] for i in imports(name, tree)} - allowed)]
     return wrong
+
+
+def undeclared_dependencies(root: pathlib.Path) -> list[str]:
+    """What an installation brings is what its packages import, no less and no more."""
+    if not (root / "pyproject.toml").exists():
+        return []
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    declared = {re.split(r"[<>=~! ]", line)[0].replace("pyyaml", "yaml") for line in project["dependencies"]}
+    rooms = {room.split("/")[-1] for room in ROOMS} | {"llvmlite"}  # which comes with numba, version for version
+    used = {i.split(".")[0] for name, tree in sources(root) if room_of(name) for i in imports(name, tree)}
+    used -= rooms | set(sys.stdlib_module_names)
+    wrong = [f"{package} is imported but not a dependency" for package in sorted(used - declared)]
+    return wrong + [f"{package} is a dependency but not imported" for package in sorted(declared - used)]
 
 
 def compiler_imports(root: pathlib.Path) -> list[str]:
@@ -241,6 +255,7 @@ def missing_twins(engine: types.ModuleType, reference: types.ModuleType) -> list
 
 RULES = [
     foreign_imports,
+    undeclared_dependencies,
     compiler_imports,
     wrong_directions,
     engine_manners,
@@ -276,6 +291,14 @@ WRONG = {
     ),
     "the engine imports the command line": (foreign_imports, {"looplm/training.py": "import rich.table\n"}),
     "the fixtures import PyTorch": (foreign_imports, {"fixtures/looplm_fixtures/__init__.py": "import torch\n"}),
+    "a package that nothing brings": (
+        undeclared_dependencies,
+        {"pyproject.toml": "[project]\ndependencies = []\n", "looplm/text.py": "import yaml\n"},
+    ),
+    "a package that nothing needs": (
+        undeclared_dependencies,
+        {"pyproject.toml": "[project]\ndependencies = ['numpy>=2', 'pyyaml']\n", "looplm/text.py": "import yaml\n"},
+    ),
     "a kernel imports numba": (compiler_imports, {"looplm/kernels/rope.py": "from numba import njit\n"}),
     "a command imports llvmlite": (compiler_imports, {"cli/looplm_cli/app.py": "import llvmlite.binding\n"}),
     "kernels import the errors": (

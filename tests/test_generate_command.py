@@ -100,11 +100,12 @@ def test_a_seed_fixes_the_text_and_greedy_needs_none(model: pathlib.Path) -> Non
 
 
 def test_a_stop_string_is_neither_shown_nor_passed(model: pathlib.Path) -> None:
-    whole = report_of(*words("-n", 40, model=model))["text"]
-    stop = whole[7:10]
+    unstopped = report_of(*words("-n", 40, model=model))
+    whole, stop = unstopped["text"], unstopped["text"][7:10]
     report = report_of(*words("-n", 40, "--stop", UNMATCHED, "--stop", stop, model=model))
     assert report["text"] == whole[: whole.index(stop)]
     assert report["finish"] == "stop string"
+    assert report["tokens"] < unstopped["tokens"]
     out, _ = looplm(*words("-n", 40, "--stop", stop, model=model))
     assert out == report["text"] + "\n"
 

@@ -39,8 +39,8 @@ def test_info_describes_a_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert report["memory"]["key_value_context"] == 32 * report["memory"]["key_value_per_token"]
     assert report["memory"]["weights"] == 4 * sum(sizes.values())
     assert report["trained_loops"] == 2
-    assert {t["name"]: t["shape"] for t in report["tensors"]} == {n: list(v.shape) for n, v in weights.tensors.items()}
-    assert {t["dtype"] for t in report["tensors"]} == {"BF16"}
+    assert {x["name"]: x["shape"] for x in report["tensors"]} == {n: list(v.shape) for n, v in weights.tensors.items()}
+    assert {x["dtype"] for x in report["tensors"]} == {"BF16"}
     assert report["files"][0]["bytes"] == (tmp_path / "model.safetensors").stat().st_size
     code, output, _ = run_info(capsys, "-m", str(tmp_path))
     assert code == 0

@@ -41,6 +41,11 @@ def test_distribution(settings: dict[str, float], expected: list[float]) -> None
     np.testing.assert_allclose(prob_of(**settings), expected, atol=1e-7)
 
 
+def test_top_p_that_is_reached_exactly_needs_no_further_token() -> None:
+    prob = probabilities(np.zeros(4, np.float32), Sampling(temperature=1.0, top_p=0.5))
+    np.testing.assert_array_equal(prob, [0.5, 0.5, 0, 0])
+
+
 def test_repetition_penalty_makes_seen_tokens_less_likely_on_both_sides_of_zero() -> None:
     logits = np.array([2.0, -1.0, 0.5, -3.0], np.float32)
     seen = np.array([True, True, False, False])

@@ -118,8 +118,3 @@ def thread_count(threads: int | None) -> int:
     from looplm.threads import available_threads
 
     return available_threads() if threads is None else threads
-
-
-def exit_threshold(model: Opened, q: float | None) -> float:
-    """The threshold asked for, else the one in the model's own config."""
-    return model.config.early_exit_threshold if q is None else q

@@ -62,15 +62,16 @@ _LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
 # Minimax polynomial of (exp(r) - 1 - r) / r**2 on |r| <= ln(2)/2.
 _C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
-_ONE = np.float32(1.0)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @njit(inline="always")
 def exp32(x):
-    """exp(x) in float32; clamps to [-87, 88] (1.6e-38 .. 1.7e38), passes NaN on."""
+    """exp(x) in float32: exactly 0 below -87, 1.7e38 above 88, NaN for NaN."""
     low = _LOWEST if x < _LOWEST else x
     clamped = _HIGHEST if low > _HIGHEST else low
     n = _round(clamped * _LOG2_E)
     r = _fma(n, _MINUS_LN2_LOW, _fma(n, _MINUS_LN2_HIGH, clamped))
     p = _fma(_fma(_fma(_fma(_fma(_C5, r, _C4), r, _C3), r, _C2), r, _C1), r, _C0)
-    return _times_power_of_two(_fma(p, r * r, r) + _ONE, n)
+    value = _times_power_of_two(_fma(p, r * r, r) + _ONE, n)
+    return _ZERO if x < _LOWEST else value

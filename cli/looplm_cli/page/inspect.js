@@ -27,6 +27,8 @@ function exitLoop(position, q) {
 
 // ---- the cells: made once, moved when the width changes ----
 
+let mouse = ""; // where it last moved to
+
 const cells = positions.map((position, s) =>
   position.loops.map((loop, r) => {
     const known = loop.target_prob !== null;
@@ -40,7 +42,12 @@ const cells = positions.map((position, s) =>
     );
     const kinds = { unknown: !known, right, half: shade > 0.49, strong: shade > 0.84 };
     cell.className = ["cell", ...Object.keys(kinds).filter((kind) => kinds[kind])].join(" ");
-    cell.addEventListener("mouseenter", () => show(s, r));
+    cell.addEventListener("mousemove", (event) => {
+      // Scrolling by keyboard moves cells under a mouse at rest; that is no wish to see them.
+      const place = `${event.screenX},${event.screenY}`;
+      if (place !== mouse && !(shown.s === s && shown.r === r)) show(s, r);
+      mouse = place;
+    });
     cell.addEventListener("mouseleave", () => show(current.s, current.r));
     cell.addEventListener("focus", () => moveTo(s, r, false));
     cell.addEventListener("click", () => moveTo(s, r, true));
@@ -75,7 +82,8 @@ function band(from, to) {
 let columns = 0;
 
 function layOut(width) {
-  const wanted = Math.max(1, Math.floor((width - LABEL - GAP) / (COLUMN + GAP)));
+  const most = Math.max(1, Math.floor((width - LABEL - GAP) / (COLUMN + GAP)));
+  const wanted = Math.ceil(positions.length / Math.ceil(positions.length / most)); // bands of nearly one length
   if (wanted === columns) return;
   columns = wanted;
   const focused = document.activeElement;
