@@ -90,8 +90,8 @@ def save_model(
     tokenizer = {TOKENIZER: tokenizer_json, "tokenizer_config.json": tokenizer_config_json}
     contents: dict[str, Content] = {name: text.encode() for name, text in tokenizer.items() if text is not None}
     contents["generation_config.json"] = _generation_config(folder, config)
-    contents[PROVENANCE] = _json({"looplm": __version__, **provenance})
     contents[WEIGHTS] = tensors_content({p.name: weights.tensors[p.name] for p in parameter_table(config)}, dtype=dtype)
+    contents[PROVENANCE] = _json({"looplm": __version__, **provenance})  # after the weights whose steps it counts
     contents[CONFIG] = _config(folder, config, dtype)  # last: only a folder that has it counts as a model
     replace_files({folder / name: content for name, content in contents.items() if _changes(folder / name, content)})
 

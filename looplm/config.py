@@ -5,12 +5,20 @@ say itself: the class defaults of the published OuroConfig are not those of any 
 """
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 from .errors import ConfigError
 
 ARCHITECTURE = "OuroForCausalLM"
+# The published Python code that transformers runs these models with; our folders name it and don't carry it.
+MODEL_CODE = "ByteDance/Ouro-1.4B"
+AUTO_MAP = {
+    "AutoConfig": "configuration_ouro.OuroConfig",
+    "AutoModel": "modeling_ouro.OuroModel",
+    "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM",
+}
 
 # What a folder must say; the rest of ModelConfig has a value that is right when the key is absent.
 REQUIRED = (
@@ -53,8 +61,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in (*REQUIRED, "num_key_value_heads", "head_dim", "rope_theta"):
             value = getattr(self, name)
-            if not value > 0:
-                raise ConfigError(f"model.{name}={value} is not positive", f"give model.{name} a value above 0")
+            if not 0 < value < math.inf:
+                raise ConfigError(f"model.{name}={value} is not a positive number", f"give model.{name} a value above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "
@@ -74,7 +82,7 @@ class ModelConfig:
 def head_dim_of(hidden_size: int, num_attention_heads: int) -> int:
     """Channels per head when a config leaves them out.  Raises: ConfigError if the division leaves a rest."""
     if num_attention_heads <= 0:
-        raise ConfigError(f"model.num_attention_heads={num_attention_heads} is not positive", "use 1 or more")
+        raise ConfigError(f"model.num_attention_heads={num_attention_heads} is not a positive number", "use 1 or more")
     if hidden_size % num_attention_heads:
         step = num_attention_heads
         raise ConfigError(
@@ -91,7 +99,8 @@ def model_config_from_json(values: Mapping[str, Any], where: str) -> ModelConfig
 
     Raises: ConfigError for another architecture, a missing or mistyped key, or a feature this engine does not have.
     """
-    architectures = values.get("architectures") or [ARCHITECTURE]
+    named = values.get("architectures") or [ARCHITECTURE]
+    architectures = named if isinstance(named, list) else [named]
     if values.get("model_type", "ouro") != "ouro" or ARCHITECTURE not in architectures:
         raise ConfigError(
             f"{where}: architecture {architectures[0]!r} (model_type {values.get('model_type')!r}) is not a LoopLM",
@@ -121,11 +130,7 @@ def model_config_to_json(config: ModelConfig) -> dict[str, Any]:
     return {
         "architectures": [ARCHITECTURE],
         "model_type": "ouro",
-        "auto_map": {
-            "AutoConfig": "configuration_ouro.OuroConfig",
-            "AutoModel": "modeling_ouro.OuroModel",
-            "AutoModelForCausalLM": "modeling_ouro.OuroForCausalLM",
-        },
+        "auto_map": {name: f"{MODEL_CODE}--{target}" for name, target in AUTO_MAP.items()},
         **values,
         "hidden_act": "silu",
         "rope_scaling": None,

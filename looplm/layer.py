@@ -147,7 +147,7 @@ def layer_backward(
     rrms, dout = saved.rrms, scratch.dout
 
     # out = mid + norm_4(down(silu(gate) * up)),  gate | up = gate_up(norm_3(mid))
-    rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out, layer.norm_4, rrms[3])
+    rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out, layer.norm_4, rrms[3], False)
     swiglu.forward_into(scratch.activated, saved.gate_up)
     accumulate_outer(dlayer.down, dout, scratch.activated, scratch.outer)
     np.matmul(dout, layer.down, out=scratch.dactivated)
@@ -155,10 +155,10 @@ def layer_backward(
     rmsnorm.normed_into(scratch.normed, saved.mid, layer.norm_3, rrms[2])
     accumulate_outer(dlayer.gate_up, scratch.dgate_up, scratch.normed, scratch.outer)
     np.matmul(scratch.dgate_up, layer.gate_up, out=dout)
-    rmsnorm.backward_add_into(dx, dlayer.norm_3, dout, saved.mid, layer.norm_3, rrms[2])
+    rmsnorm.backward_into(dx, dlayer.norm_3, dout, saved.mid, layer.norm_3, rrms[2], True)
 
     # mid = x + norm_2(attention_out(attention(rope(qkv(norm_1(x))))))
-    rmsnorm.backward_into(dout, dlayer.norm_2, dx, saved.attention_out, layer.norm_2, rrms[1])
+    rmsnorm.backward_into(dout, dlayer.norm_2, dx, saved.attention_out, layer.norm_2, rrms[1], False)
     accumulate_outer(dlayer.attention_out, dout, saved.attention, scratch.outer)
     np.matmul(dout, layer.attention_out, out=scratch.dattention)
     q, k, v = split_heads(config, saved.qkv, place)
@@ -183,4 +183,4 @@ def layer_backward(
     rmsnorm.normed_into(scratch.normed, x, layer.norm_1, rrms[0])
     accumulate_outer(dlayer.qkv, scratch.dqkv, scratch.normed, scratch.outer)
     np.matmul(scratch.dqkv, layer.qkv, out=dout)
-    rmsnorm.backward_add_into(dx, dlayer.norm_1, dout, x, layer.norm_1, rrms[0])
+    rmsnorm.backward_into(dx, dlayer.norm_1, dout, x, layer.norm_1, rrms[0], True)

@@ -299,7 +299,7 @@ def _backward_through_loops(weights: Weights, dweights: Weights, tape: Tape, inp
     for r in range(loops - 1, -1, -1):
         np.add(tape.dhidden[r], dx, out=tape.dhidden[r])  # this state was also the next loop's input
         last = tape.output(r, len(layers) - 1)
-        rmsnorm.backward_into(dx, dweights.norm, tape.dhidden[r], last, weights.norm, tape.rrms[r])
+        rmsnorm.backward_into(dx, dweights.norm, tape.dhidden[r], last, weights.norm, tape.rrms[r], False)
         for index in range(len(layers) - 1, -1, -1):
             x = tape.output(r, index - 1) if index else tape.loop_input(r, tape.hidden)
             saved = tape.saved(r, index)

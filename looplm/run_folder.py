@@ -146,12 +146,13 @@ class RunFolder:
         return [line for line in lines if isinstance(line, dict)]
 
     def truncate_log(self, step: int) -> None:
-        """Drop torn lines and what was logged after `step`: the steps that a resumed run does again.
+        """Drop torn lines and what was logged after `step`, its evaluation included: what a resumed run does again.
 
         Raises: CheckpointError if the log cannot be written.
         """
         if self.log.exists():
-            kept = (line for line in self.read_log() if line.get("step", 0) <= step)
+            lines = self.read_log()
+            kept = (line for line in lines if line.get("step", 0) + (line.get("kind") == "eval") <= step)
             write_text(self.log, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -79,7 +79,7 @@ class TrainConfig:
     entropy_weight: float = 0.05  # the paper's beta
     prior: str = "uniform"  # uniform; geometric:P; or R numbers separated by commas
     seed: int = 0
-    eval_every: int = 0  # steps between evaluations; 0: ten in all
+    eval_every: int = 0  # steps between evaluations; 0: at most ten in all
     eval_tokens: int = 16384  # of held-out text, at each evaluation but the last, which takes all
     checkpoint_every: int = 0  # steps between checkpoints; 0: every `checkpoint_seconds`
     checkpoint_seconds: float = 20.0
@@ -151,7 +151,6 @@ PRESETS: dict[str, Values] = {
 # p-hop induction wants fresh sequences of its own length, and falls into place after about two thousand steps.
 TASK_SETTINGS: dict[str, Values] = {
     "builtin:hops": {
-        "model": {},
         "train": {"steps": 3500, "batch_size": 16, "seq_len": 64, "learning_rate": 3e-3, "beta2": 0.98},
     }
 }
@@ -160,13 +159,13 @@ SECTIONS: dict[str, Any] = {"model": ModelConfig, "init": InitConfig, "data": Da
 
 
 def run_config(preset: str, *layers: Mapping[str, Any]) -> RunConfig:
-    """Stack YAML-like mappings (later ones win) on a preset.
+    """Stack YAML-like mappings (later ones win) on a preset, and on what the task needs if the corpus is one.
 
     Raises: ConfigError for an unknown preset, section or key (with a suggestion), a wrong type or an impossible value.
     """
-    if preset not in PRESETS:
+    if not isinstance(preset, str) or preset not in PRESETS:
         raise ConfigError(f"preset {preset!r} is not known", _suggest(preset, PRESETS))
-    merged: Values = {name: dict(PRESETS[preset].get(name, {})) for name in SECTIONS}
+    given: Values = {name: {} for name in SECTIONS}
     for layer in layers:
         for section, values in layer.items():
             if section == "preset":
@@ -175,14 +174,17 @@ def run_config(preset: str, *layers: Mapping[str, Any]) -> RunConfig:
                 raise ConfigError(f"{section!r} is not a section of a run's settings", _suggest(section, SECTIONS))
             if not isinstance(values, Mapping):
                 raise ConfigError(f"section {section!r} is {type(values).__name__}", "it holds `key: value` lines")
-            merged[section] |= values
+            given[section] |= values
+    data = build(DataConfig, given["data"], "data")
+    task: Values = next((TASK_SETTINGS[name] for name in data.corpus if name in TASK_SETTINGS), {})
+    merged = {name: {**PRESETS[preset].get(name, {}), **task.get(name, {}), **given[name]} for name in SECTIONS}
     if merged["init"].get("scheme") == "ouro":
         merged["init"] = PUBLISHED_INIT | merged["init"]
     config = RunConfig(
         preset=preset,
         model=merged["model"],
         init=build(InitConfig, merged["init"], "init"),
-        data=build(DataConfig, merged["data"], "data"),
+        data=data,
         train=build(TrainConfig, merged["train"], "train"),
     )
     config.model_config(**({} if "vocab_size" in config.model else {"vocab_size": 257}))  # refuse bad sizes at once
@@ -197,7 +199,7 @@ def load_yaml(path: str | pathlib.Path) -> dict[str, Any]:
         values = yaml.safe_load(pathlib.Path(path).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read settings from {path}: {error}", "name a YAML file") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: 2026-13-01 looks like a date
         first_line = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML: {first_line}", "write sections with `key: value` lines") from error
     if not isinstance(values, dict):
@@ -219,7 +221,7 @@ def parse_settings(settings: Iterable[str]) -> Values:
             raise ConfigError(f"--set {setting!r} is not SECTION.KEY=VALUE", "e.g. --set train.learning_rate=3e-3")
         try:
             values.setdefault(section, {})[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise ConfigError(f"--set {setting!r}: the value is not YAML", "quote text that holds : or [") from error
     return values
 
@@ -245,7 +247,7 @@ def build(cls: Any, values: Mapping[str, Any], where: str) -> Any:
     wanted = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
-            raise ConfigError(f"{where}.{key} is not a setting", _suggest(str(key), fields))
+            raise ConfigError(f"{where}.{key} is not a setting", _suggest(key, fields))
     found = {key: _coerce(value, wanted[key], f"{where}.{key}") for key, value in values.items()}
     missing = [name for name, f in fields.items() if name not in found and f.default is dataclasses.MISSING]
     if missing:
@@ -261,7 +263,7 @@ def _coerce(value: Any, wanted: Any, where: str) -> Any:
         return tuple(items)
     kinds = typing.get_args(wanted) if isinstance(wanted, types.UnionType) else (wanted,)
     if float in kinds and isinstance(value, int | str) and not isinstance(value, bool):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             value = float(value)  # PyYAML reads 3e-4 as text
     if str in kinds and wanted is str and isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
@@ -273,8 +275,8 @@ def _coerce(value: Any, wanted: Any, where: str) -> Any:
     return value
 
 
-def _suggest(key: str, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(key, list(known), 1)
+def _suggest(key: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(key), list(known), 1)
     return f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
 
 

@@ -24,8 +24,10 @@ from .threads import available_threads
 from .weights import Weights, parameter_table
 
 MIN_WARMUP_STEPS = 20
-MEASURED_STEPS = 20  # with `minutes`: steps timed before the number of steps is fixed
+MIN_EVAL_STEPS = 50  # an evaluation costs about five steps
+MEASURED_SHARE = 0.05  # of the minutes, timed before the number of steps is settled
 BUDGET_SHARE = 0.9  # of the minutes that goes into steps; the rest is evaluation and saving
+UNSETTLED_STEPS = 200  # what the learning rate takes for the number of steps until it is settled
 
 
 class Source(Protocol):
@@ -146,29 +148,31 @@ class Trainer:
         self._objective = StageOne(config.entropy_weight, log_prior(config.prior, loops))
         self._workspace: GradientWorkspace | None = None
         self._step_seconds: list[float] = []
+        self._free_seconds: float | None = None
 
     @property
     def total_steps(self) -> int:
-        """Updates in all; with a budget in minutes it is known after the first MEASURED_STEPS."""
+        """Updates in all; with a budget in minutes it is settled after the first MEASURED_SHARE of it."""
         if self.progress.total_steps:
             return self.progress.total_steps
-        return self.config.steps or 10 * MEASURED_STEPS
+        return UNSETTLED_STEPS if self.config.minutes else self.config.steps
 
     @property
     def eval_every(self) -> int:
-        return self.config.eval_every or max(1, self.total_steps // 10)
+        return self.config.eval_every or max(MIN_EVAL_STEPS, self.total_steps // 10)
 
     def run(self) -> Iterator[Report]:
         """Update until all steps are done, evaluating now and then.  Stop early by leaving the loop.
 
         Raises: TrainingError when loss or gradient are no longer numbers; weights are those of the step before.
         """
-        while self.progress.step < self.total_steps or not (self.progress.total_steps or not self.config.minutes):
+        progress = self.progress
+        while progress.step < self.total_steps or (self.config.minutes and not progress.total_steps):
+            # before the next step, not after the last: a run resumed here evaluates what the killed one may not have
+            if progress.step and progress.step % self.eval_every == 0:
+                yield EvalReport(progress.step, False, self.evaluate(self.config.eval_tokens))
             yield self.step()
-            step = self.progress.step
-            if step % self.eval_every == 0 and step < self.total_steps:
-                yield EvalReport(step, False, self.evaluate(self.config.eval_tokens))
-        yield EvalReport(self.progress.step, True, self.evaluate())
+        yield EvalReport(progress.step, True, self.evaluate())
 
     def step(self) -> StepReport:
         """One optimizer update."""
@@ -187,7 +191,7 @@ class Trainer:
         progress.step += 1
         progress.tokens += found.tokens
         progress.seconds += spent
-        self._fix_total_steps(spent)
+        self._settle_total_steps(spent)
         exit_prob = found.exit_prob * mean
         return StepReport(
             step=progress.step,
@@ -215,23 +219,32 @@ class Trainer:
         """What a checkpoint stores besides weights and moments."""
         return {**dataclasses.asdict(self.progress), "threads": self.threads}
 
-    def _fix_total_steps(self, spent: float) -> None:
-        """Settle how many steps fit into the minutes, once enough of them have been timed."""
-        if self.progress.total_steps:
-            return
+    def _settle_total_steps(self, spent: float) -> None:
+        """With a budget in minutes: as many steps as fit, from the first ones timed; stop where that was too many.
+
+        The session's first step, in which kernels are compiled or loaded, is not charged.
+        """
+        progress = self.progress
         if not self.config.minutes:
-            self.progress.total_steps = self.config.steps
+            progress.total_steps = self.config.steps
+            return
+        if self._free_seconds is None:
+            self._free_seconds = spent
             return
         self._step_seconds.append(spent)
-        budget = self.config.minutes * 60.0 * BUDGET_SHARE
-        if len(self._step_seconds) >= MEASURED_STEPS or self.progress.seconds > 0.5 * budget:
-            typical = float(np.median(self._step_seconds))
-            left = max(0.0, budget - self.progress.seconds)
-            self.progress.total_steps = max(self.progress.step, self.progress.step + int(left / typical))
+        budget = self.config.minutes * 60.0
+        used = progress.seconds - self._free_seconds
+        if progress.total_steps:
+            if used > budget:  # the machine became slower than it was measured
+                progress.total_steps = min(progress.total_steps, progress.step)
+        elif used > MEASURED_SHARE * budget:
+            left = BUDGET_SHARE * budget - used
+            progress.total_steps = progress.step + max(0, int(left / float(np.median(self._step_seconds))))
 
 
 def _diverged(what: str, value: float, step: int) -> TrainingError:
     return TrainingError(
         f"the {what} became {value} at step {step}",
-        "the last checkpoint is intact; go on from it with a lower --set train.learning_rate",
+        "the last checkpoint is intact; train anew with a lower --set train.learning_rate, or lower it in the run's "
+        "config.yaml and --resume",
     )

@@ -6,7 +6,7 @@ import pathlib
 import numpy as np
 import pytest
 
-from looplm.model_files import EMBEDDING, open_model
+from looplm.model_files import open_model
 from looplm.safetensors_file import TensorFile
 from model_folders import (
     random_weights,
@@ -80,14 +80,8 @@ def test_info_says_in_two_lines_what_is_wrong(tmp_path: pathlib.Path, capsys: py
     assert "model.safetensors is 5 bytes long" in lines[0]
 
 
-def test_opening_reads_no_weights(tmp_path: pathlib.Path) -> None:
-    """`info` and the checks work on headers, so a model larger than memory can be described."""
+def test_opening_reads_no_weights(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`info` works on headers, so a model larger than memory can be described."""
     save(tmp_path)
-    path = tmp_path / "model.safetensors"
-    size, head = path.stat().st_size, TensorFile(path).entries[EMBEDDING].begin
-    with path.open("r+b") as file:
-        file.truncate(head)
-        file.truncate(size)  # a hole in place of the data
-    blocks = path.stat().st_blocks
+    monkeypatch.setattr(TensorFile, "stored", lambda file, name: pytest.fail(f"{name} was read"))
     assert open_model(tmp_path).warnings == []
-    assert path.stat().st_blocks == blocks

@@ -12,7 +12,7 @@ from looplm.arrays import Floats
 from looplm.checkpoint import load_model
 from looplm.config import ModelConfig
 from looplm.errors import CheckpointError, ConfigError
-from looplm.model_files import EMBEDDING, HEAD
+from looplm.model_files import EMBEDDING, HEAD, open_model
 from looplm.safetensors_file import round_to_bfloat16, widen_bfloat16, write_tensors
 from looplm.text import byte_tokenizer, letter_tokenizer
 from looplm.weights import parameter_count
@@ -66,6 +66,17 @@ def test_tensors_in_another_order_are_mapped_one_by_one(tmp_path: pathlib.Path) 
     assert loaded.weights.flat is None
     for name, file in loaded.stored_in.items():
         assert np.shares_memory(loaded.weights.tensors[name], file.floats(name)), name
+
+
+def test_tensors_at_odd_addresses_are_copied_into_place(tmp_path: pathlib.Path) -> None:
+    weights = random_weights()
+    path = save(tmp_path, weights) / "model.safetensors"
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    path.write_bytes((length + 1).to_bytes(8, "little") + content[8 : 8 + length] + b" " + content[8 + length :])
+    loaded = load_model(tmp_path)
+    same(loaded.weights, weights.tensors)
+    assert all(value.flags.aligned for value in loaded.weights.tensors.values())
 
 
 def test_shards_are_read_through_their_index(tmp_path: pathlib.Path) -> None:
@@ -182,7 +193,7 @@ def test_tensors_that_do_not_fit_the_config_are_refused(case: str, tmp_path: pat
     tensors, message, cure = WRONG_TENSORS[case]
     restore(save(tmp_path), tensors)
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_model(tmp_path)
+        open_model(tmp_path)
     assert cure in caught.value.hint
     assert "\n" not in str(caught.value) + caught.value.hint
 

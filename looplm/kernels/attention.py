@@ -18,19 +18,24 @@ _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _LOWEST = np.float32(-3.0e38)
 
 
+@njit(inline="always")
+def _visible(row, first_key, last):
+    """The scores of keys first_key .. last; all others in the row become 0."""
+    end = max(last + 1, first_key)
+    row[:first_key] = _ZERO
+    row[end:] = _ZERO
+    return row[first_key:end]
+
+
 @njit
 def _softmax_in_place(scores, lse, first_key, diagonal, scale):
     """scores: HSP, in place; query s sees keys first_key .. diagonal + s.  A query before first_key gets zeros."""
     for head in range(scores.shape[0]):
         for s in range(scores.shape[1]):
-            row, last = scores[head, s], diagonal + s
-            row[:first_key] = _ZERO
-            row[last + 1 :] = _ZERO
-            if last < first_key:
-                row[:] = _ZERO
+            seen = _visible(scores[head, s], first_key, diagonal + s)
+            if not seen.size:
                 lse[s, head] = _ZERO
                 continue
-            seen = row[first_key : last + 1]
             highest = _LOWEST
             for j in range(seen.size):
                 highest = max(highest, seen[j])
@@ -51,13 +56,7 @@ def _probabilities_again(scores, lse, first_key, diagonal, scale):
     """scores: HSP -> softmax probabilities in place, from the saved log-sum-exp."""
     for head in range(scores.shape[0]):
         for s in range(scores.shape[1]):
-            row, last = scores[head, s], diagonal + s
-            row[:first_key] = _ZERO
-            row[last + 1 :] = _ZERO
-            if last < first_key:
-                row[:] = _ZERO
-                continue
-            seen, shift = row[first_key : last + 1], lse[s, head]
+            seen, shift = _visible(scores[head, s], first_key, diagonal + s), lse[s, head]
             for j in range(seen.size):
                 seen[j] = exp32(seen[j] * scale - shift)
 

@@ -6,29 +6,27 @@ from ..arrays import Floats
 from .jit import njit
 
 
+@njit(inline="always")
+def _row_rrms(row, eps):
+    total = np.float32(0.0)
+    for i in range(row.size):
+        total += row[i] * row[i]
+    return np.float32(1.0 / np.sqrt(np.float64(total) / row.size + eps))
+
+
 @njit
 def forward_into(y, rrms, x, weight, eps):
-    width = x.shape[1]
     for row in range(x.shape[0]):
-        total = np.float32(0.0)
-        for i in range(width):
-            total += x[row, i] * x[row, i]
-        scale = np.float32(1.0 / np.sqrt(np.float64(total) / width + eps))
-        rrms[row] = scale
-        for i in range(width):
+        scale = rrms[row] = _row_rrms(x[row], eps)
+        for i in range(x.shape[1]):
             y[row, i] = x[row, i] * scale * weight[i]
 
 
 @njit
 def residual_forward_into(y, rrms, x, residual, weight, eps):
-    width = x.shape[1]
     for row in range(x.shape[0]):
-        total = np.float32(0.0)
-        for i in range(width):
-            total += x[row, i] * x[row, i]
-        scale = np.float32(1.0 / np.sqrt(np.float64(total) / width + eps))
-        rrms[row] = scale
-        for i in range(width):
+        scale = rrms[row] = _row_rrms(x[row], eps)
+        for i in range(x.shape[1]):
             y[row, i] = residual[row, i] + x[row, i] * scale * weight[i]
 
 
@@ -42,8 +40,8 @@ def normed_into(y, x, weight, rrms):
 
 
 @njit
-def backward_into(dx, dweight, dy, x, weight, rrms):
-    """Overwrites dx, adds to dweight."""
+def backward_into(dx, dweight, dy, x, weight, rrms, add):
+    """Adds to dweight, and to dx if `add` (a residual's gradient is there already), else overwrites dx."""
     width = x.shape[1]
     for row in range(x.shape[0]):
         scale, dot = rrms[row], np.float32(0.0)
@@ -52,21 +50,8 @@ def backward_into(dx, dweight, dy, x, weight, rrms):
         shift = dot * scale * scale / np.float32(width)  # dx = scale * (dy * weight - xhat * mean(dy * weight * xhat))
         for i in range(width):
             dweight[i] += dy[row, i] * x[row, i] * scale
-            dx[row, i] = (dy[row, i] * weight[i] - x[row, i] * shift) * scale
-
-
-@njit
-def backward_add_into(dx, dweight, dy, x, weight, rrms):
-    """Adds to dx (a residual's gradient is already there) and to dweight."""
-    width = x.shape[1]
-    for row in range(x.shape[0]):
-        scale, dot = rrms[row], np.float32(0.0)
-        for i in range(width):
-            dot += dy[row, i] * weight[i] * x[row, i]
-        shift = dot * scale * scale / np.float32(width)
-        for i in range(width):
-            dweight[i] += dy[row, i] * x[row, i] * scale
-            dx[row, i] += (dy[row, i] * weight[i] - x[row, i] * shift) * scale
+            branch = (dy[row, i] * weight[i] - x[row, i] * shift) * scale
+            dx[row, i] = dx[row, i] + branch if add else branch
 
 
 def _rows(x: Floats) -> Floats:
@@ -81,7 +66,7 @@ def rmsnorm_forward(x: Floats, weight: Floats, eps: float) -> tuple[Floats, Floa
 
 def rmsnorm_backward(dy: Floats, x: Floats, weight: Floats, rrms: Floats) -> tuple[Floats, Floats]:
     dx, dweight = np.empty_like(x), np.zeros_like(weight)
-    backward_into(_rows(dx), dweight, _rows(dy), _rows(x), weight, rrms.reshape(-1))
+    backward_into(_rows(dx), dweight, _rows(dy), _rows(x), weight, rrms.reshape(-1), False)
     return dx, dweight
 
 

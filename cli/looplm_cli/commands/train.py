@@ -10,8 +10,6 @@ from looplm_cli.options import (
     TRAINING,
     ConfigOption,
     CorpusArgument,
-    EncodingOption,
-    ErrorsOption,
     JsonOption,
     OutDirOption,
     QuietOption,
@@ -95,8 +93,17 @@ def train(
     ] = None,
     config: ConfigOption = None,
     setting: SetOption = None,
-    encoding: EncodingOption = "utf-8",
-    errors: ErrorsOption = "strict",
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", show_default="utf-8", help="How the corpus is encoded.")
+    ] = None,
+    errors: Annotated[
+        str | None,
+        typer.Option(
+            "--errors",
+            show_default="strict",
+            help="Bytes that are not text: `strict` stops, `replace` and `ignore` go on.",
+        ),
+    ] = None,
     threads: ThreadsOption = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the effective settings as YAML and stop.")
@@ -118,38 +125,37 @@ def train(
     from looplm.training_run import resume_run, start_run
     from looplm_cli.render import say
 
+    flags: dict[str, dict[str, Any]] = {
+        "model": {"total_ut_steps": loops},
+        "init": {"scheme": init},
+        "data": {
+            "corpus": corpus or None,
+            "tokenizer": tokenizer,
+            "val_fraction": val_fraction,
+            "encoding": encoding,
+            "errors": errors,
+        },
+        "train": {"steps": steps, "minutes": minutes, "seed": seed, "prior": prior, "entropy_weight": entropy_weight},
+    }
     if resume is not None:
-        if corpus or out_dir or config or setting or preset:
-            raise UsageError("--resume takes its corpus and settings from the run folder", "give --resume FOLDER alone")
-        run = resume_run(resume, threads or 0)
+        given = [value for values in flags.values() for value in values.values()]
+        if any(value is not None for value in (*given, preset, out_dir, config)) or setting or show_config:
+            raise UsageError(
+                "--resume takes corpus and settings from the run folder",
+                "give --resume FOLDER with nothing but --threads, --json or --quiet",
+            )
+        opened = resume_run(resume, threads or 0)
     else:
-        flags: dict[str, dict[str, Any]] = {
-            "model": {"total_ut_steps": loops},
-            "init": {"scheme": init},
-            "data": {
-                "corpus": corpus,
-                "tokenizer": tokenizer,
-                "val_fraction": val_fraction,
-                "encoding": encoding,
-                "errors": errors,
-            },
-            "train": {
-                "steps": steps,
-                "minutes": minutes,
-                "seed": seed,
-                "prior": prior,
-                "entropy_weight": entropy_weight,
-                "threads": threads,
-            },
-        }
+        flags["train"]["threads"] = threads
         settings = effective_settings(preset, config, setting or [], flags)
         if show_config:
             typer.echo(to_yaml(settings), nl=False)
             return
-        run = start_run(settings, out_dir or new_run_path(_run_name(settings)))
-    if not quiet:
-        say(_opening_line(run, resumed=resume is not None))
-    result = run_training(run, quiet)
+        opened = start_run(settings, out_dir or new_run_path(_run_name(settings)))
+    with opened as run:
+        if not quiet:
+            say(_opening_line(run, resumed=resume is not None))
+        result = run_training(run, quiet)
     if as_json:
         from looplm_cli.render import print_json
 
@@ -159,15 +165,13 @@ def train(
 def effective_settings(
     preset: str | None, config_file: Path | None, settings: list[str], flags: dict[str, dict[str, Any]]
 ) -> "RunConfig":
-    """Preset, task, YAML file, --set and flags in rising precedence; flags left out (None) say nothing."""
-    from looplm.settings import TASK_SETTINGS, load_yaml, parse_settings, run_config
+    """Preset, YAML file, --set and flags in rising precedence; flags left out (None) say nothing."""
+    from looplm.settings import load_yaml, parse_settings, run_config
 
     given = {name: {k: v for k, v in values.items() if v is not None} for name, values in flags.items()}
     from_file = load_yaml(config_file) if config_file else {}
-    corpus = given["data"].get("corpus") or from_file.get("data", {}).get("corpus") or []
-    task = next((TASK_SETTINGS[name] for name in corpus if name in TASK_SETTINGS), {})
     chosen = preset or from_file.get("preset", "nano")
-    return run_config(chosen, task, from_file, parse_settings(settings), given)
+    return run_config(chosen, from_file, parse_settings(settings), given)
 
 
 def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
     from looplm_cli.render import Progress, say
 
     last: EvalReport | None = None
-    with run.folder.lock(), interruptible() as stop, Progress(run.trainer.total_steps, "step", quiet) as progress:
+    with interruptible() as stop, Progress(run.trainer.total_steps, "step", quiet) as progress:
         for report in run.reports():
             if isinstance(report, StepReport):
                 progress.total = report.total_steps
