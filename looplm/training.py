@@ -76,6 +76,7 @@ class Progress:
     tokens: int = 0
     seconds: float = 0.0
     total_steps: int = 0  # 0: not fixed yet
+    starting_seconds: float = 0.0  # of `seconds`, in the first step of each session: kernels are compiled or loaded
 
 
 def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
@@ -148,7 +149,7 @@ class Trainer:
         self._objective = StageOne(config.entropy_weight, log_prior(config.prior, loops))
         self._workspace: GradientWorkspace | None = None
         self._step_seconds: list[float] = []
-        self._free_seconds: float | None = None
+        self._starting = True
 
     @property
     def total_steps(self) -> int:
@@ -183,8 +184,9 @@ class Trainer:
             self._workspace = GradientWorkspace(self.weights.config, rows, length, self.threads)
         found = gradient(self.weights, self._workspace, batch.input_ids, batch.target, self._objective, batch.start)
         mean = 1.0 / max(1, found.tokens)
-        if not math.isfinite(found.objective):
-            raise _diverged("loss", found.objective, progress.step + 1)
+        # the losses too: a gate that is no number gives none of them a share in the objective
+        if not math.isfinite(total := found.objective + float(found.loss.sum())):
+            raise _diverged("loss", total, progress.step + 1)
         rate = learning_rate(config, progress.step, self.total_steps)
         norm = self.optimizer.update(self._workspace.total.contiguous(), progress.step + 1, rate)
         spent = time.perf_counter() - began
@@ -222,18 +224,19 @@ class Trainer:
     def _settle_total_steps(self, spent: float) -> None:
         """With a budget in minutes: as many steps as fit, from the first ones timed; stop where that was too many.
 
-        The session's first step, in which kernels are compiled or loaded, is not charged.
+        The first step of a session is not charged.
         """
         progress = self.progress
         if not self.config.minutes:
             progress.total_steps = self.config.steps
             return
-        if self._free_seconds is None:
-            self._free_seconds = spent
+        if self._starting:
+            self._starting = False
+            progress.starting_seconds += spent
             return
         self._step_seconds.append(spent)
         budget = self.config.minutes * 60.0
-        used = progress.seconds - self._free_seconds
+        used = progress.seconds - progress.starting_seconds
         if progress.total_steps:
             if used > budget:  # the machine became slower than it was measured
                 progress.total_steps = min(progress.total_steps, progress.step)

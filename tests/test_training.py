@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from looplm import training
-from looplm.analysis import Evaluation
 from looplm.config import ModelConfig
 from looplm.data import Batch, TextSource
 from looplm.errors import ConfigError, TrainingError
@@ -34,12 +33,16 @@ TEXT = np.tile(np.arange(20), 40).astype(np.uint16)  # the next id is the one ab
 def trainer(seed: int = 0, **changes: Any) -> Trainer:
     settings = {"batch_size": 4, "seq_len": 16, "threads": 1, "steps": 30, "eval_tokens": 64, **changes}
     config = TrainConfig(**settings)
-    source = TextSource(TEXT, TEXT[:200], config.batch_size, config.seq_len, seed, 1.0, 20)
+    source = TextSource(TEXT, TEXT[:193], config.batch_size, config.seq_len, seed, 1.0, 20)
     return Trainer(initialise(MODEL, InitConfig(), seed), source, config)
 
 
 def steps_of(reports: Any) -> list[StepReport]:
     return [report for report in reports if isinstance(report, StepReport)]
+
+
+def evaluations_of(reports: Any) -> list[EvalReport]:
+    return [report for report in reports if isinstance(report, EvalReport)]
 
 
 # ---- schedule
@@ -141,12 +144,11 @@ def test_a_seed_is_one_run() -> None:
 
 
 def test_it_evaluates_now_and_then_and_at_the_end_on_everything() -> None:
-    seen = []
-    for report in trainer(steps=20, eval_every=6).run():
-        if isinstance(report, EvalReport):
-            seen.append((report.step, report.final, report.evaluation.tokens))
-    assert seen == [(6, False, 64), (12, False, 64), (18, False, 64), (20, True, 199)]
-    assert [r.step for r in trainer(steps=20).run() if isinstance(r, EvalReport)] == [*range(2, 20, 2), 20]
+    found = evaluations_of(trainer(steps=20, eval_every=6).run())
+    seen = [(report.step, report.final, report.evaluation.tokens) for report in found]
+    assert seen == [(6, False, 64), (12, False, 64), (18, False, 64), (20, True, 192)]
+    assert trainer(steps=2000).eval_every == 200
+    assert [report.step for report in evaluations_of(trainer(steps=60).run())] == [50, 60]
 
 
 def test_a_run_that_goes_on_evaluates_what_was_due_when_it_stopped() -> None:
@@ -174,7 +176,7 @@ def test_targets_of_minus_one_are_not_counted() -> None:
             return dataclasses.replace(batch, target=np.where(batch.target % 2 == 0, batch.target, -1))
 
     sparse = trainer(steps=2)
-    sparse.source = Sparse(TEXT, TEXT[:200], 4, 16, 0, 1.0, 20)
+    sparse.source = Sparse(TEXT, TEXT[:193], 4, 16, 0, 1.0, 20)
     assert sparse.step().tokens == 32
 
 
@@ -224,42 +226,59 @@ def test_a_gradient_that_is_no_number_is_refused(value: float) -> None:
 
 
 class Clock:
-    """Stands still but for half a second at every look, so that a step takes half a second."""
+    """Stands still but for the length of a step, `before` or `after` the first steps, once between two looks."""
 
-    def __init__(self) -> None:
-        self.now = 0.0
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *lengths: float) -> None:
+        self.lengths, self.now, self.looks = [*lengths], 0.0, 0
+        monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=self.look))
 
-    def perf_counter(self) -> float:
-        self.now += 0.5
+    def look(self) -> float:
+        self.looks += 1
+        if self.looks % 2 == 0:
+            self.now += self.lengths.pop(0) if len(self.lengths) > 1 else self.lengths[0]
         return self.now
 
 
-@pytest.mark.parametrize(
-    ("minutes", "total"),
-    [
-        (1.0, 20 + 88),  # 54 s for steps; 20 of them measured, 44 s left
-        (0.1, 6 + 4),  # 5.4 s; half of it is gone after 6
-        (1e-4, 1),  # one step is over the budget already
-    ],
-)
-def test_minutes_fix_the_number_of_steps_once(minutes: float, total: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=Clock().perf_counter))
-    monkeypatch.setattr(training.Trainer, "evaluate", lambda self, max_tokens=None: Evaluation)
-    budget = trainer(minutes=minutes, steps=1200)
-    steps = steps_of(budget.run())
-    assert len(steps) == total
-    assert steps[-1].total_steps == budget.progress.total_steps == total
-    assert steps[-1].learning_rate == pytest.approx(learning_rate(budget.config, total - 1, steps[-2].total_steps if total > 1 else 1200))
+def budgeted(minutes: float) -> Trainer:
+    return trainer(minutes=minutes, steps=1200, eval_every=10**6)
 
 
-def test_one_slow_step_does_not_shorten_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = Clock()
-    monkeypatch.setattr(training, "time", types.SimpleNamespace(perf_counter=clock.perf_counter))
-    budget = trainer(minutes=1.0, steps=0)
-    budget.step()
-    clock.now += 0.0
-    budget.progress.seconds += 15.0  # compiling kernels, say
-    budget._step_seconds[0] += 15.0
-    for _ in range(19):
-        budget.step()
-    assert budget.total_steps == 20 + int((54.0 - 10.0 - 15.0) / 0.5)
+@pytest.mark.parametrize("compiling", [0.5, 15.0])
+def test_minutes_settle_the_number_of_steps_once(compiling: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A minute of half-second steps: 54 s are for steps, after 3.5 s of which their length is known."""
+    Clock(monkeypatch, compiling, 0.5)
+    run = budgeted(1.0)
+    steps = steps_of(run.run())
+    assert [report.total_steps for report in steps[:7]] == [200] * 7  # 6 x 0.5 s is not more than a twentieth yet
+    settled = 8 + int((54.0 - 3.5) / 0.5)
+    assert {report.total_steps for report in steps[7:]} == {settled}
+    assert len(steps) == run.progress.total_steps == settled
+    assert steps[-1].learning_rate == learning_rate(run.config, settled - 1, settled)
+
+
+def test_a_run_much_slower_than_measured_stops_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, *[0.5] * 10, 2.0)
+    steps = steps_of(budgeted(1.0).run())
+    assert steps[-1].seconds - 0.5 == pytest.approx(60.5)  # the first step that ends after a minute
+    assert steps[-1].total_steps == steps[-1].step
+
+
+def test_minutes_shorter_than_a_step_train_one_step_that_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, 0.5)
+    assert len(steps_of(budgeted(1e-4).run())) == 2
+
+
+def test_what_starting_costs_is_not_charged_in_any_session(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, 15.0, *[0.5] * 30, 40.0, 0.5)
+    first = budgeted(1.0)
+    for _ in range(31):
+        first.step()
+    second = budgeted(1.0)
+    second.progress = training.Progress(**{k: v for k, v in first.state().items() if k != "threads"})
+    settled = first.progress.total_steps
+    reports = steps_of(second.run())
+    assert reports[-1].step == reports[-1].total_steps == settled
+
+
+def test_steps_alone_are_fixed_at_once() -> None:
+    assert trainer(steps=7).step().total_steps == 7

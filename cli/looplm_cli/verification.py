@@ -1,4 +1,4 @@
-"""Everything `looplm verify` checks: the engine in the judge's candidate seat, and the checks section by section.
+"""Everything `looplm verify` checks: section by section, and fixture folders.
 
 Nothing is decided here: numbers come from the engine, verdicts from looplm_reference.
 """
@@ -6,158 +6,18 @@ Nothing is decided here: numbers come from the engine, verdicts from looplm_refe
 import dataclasses
 import math
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from looplm import kernels, model
-from looplm.arrays import Array, Floats, Ints
+from looplm import kernels
 from looplm.checkpoint import load_model
-from looplm.config import model_config_from_json
 from looplm.errors import VerificationError
-from looplm.exits import LearnedGate, exit_index
-from looplm.generation import Session
-from looplm.objectives import StageOne, StageTwo
-from looplm.settings import TrainConfig
-from looplm.training import Optimizer
-from looplm.weights import Weights
+from looplm_cli.engine_candidate import EngineCandidate
 from looplm_reference import contract, fixture, fixture_judge, judge, mutants
 from looplm_reference.contract import Row
-
-GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
-
-
-class EngineCandidate:
-    """The engine as the judge sees it: the same code paths as training, decoding and inspection use."""
-
-    name = "engine"
-
-    def __init__(self, threads: int = 1, prefill: int = 0) -> None:
-        self.threads = threads
-        self.prefill = prefill  # positions that `cached_hidden` feeds at once before it goes on one by one
-        self._latest: tuple[Any, Weights] | None = None
-
-    def _weights(self, tensors: Mapping[str, Array], config: Mapping[str, Any]) -> Weights:
-        if self._latest is None or self._latest[0] is not tensors:
-            floats = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
-            self._latest = tensors, Weights.from_tensors(model_config_from_json(config, "the fixture"), floats)
-        return self._latest[1]
-
-    def forward(
-        self,
-        tensors: Mapping[str, Array],
-        config: Mapping[str, Any],
-        input_ids: Ints,
-        start: Ints | None = None,
-        taps: list[tuple[str, Array]] | None = None,
-    ) -> dict[str, Array]:
-        weights = self._weights(tensors, config)
-        trace = model.forward(weights, input_ids, start=start, threads=self.threads, taps=taps)
-        logits = np.stack([trace.logits(r) for r in range(len(trace.hidden))])
-        return {
-            "hidden": trace.hidden,
-            "logits": logits,
-            "gate_logit": trace.gate_logit,
-            "exit_prob": trace.exit_prob,
-        }
-
-    def stage1(
-        self,
-        tensors: Mapping[str, Array],
-        config: Mapping[str, Any],
-        input_ids: Ints,
-        target: Ints,
-        entropy_weight: float,
-        start: Ints | None = None,
-    ) -> dict[str, Any]:
-        weights = self._weights(tensors, config)
-        workspace = model.GradientWorkspace(weights.config, *input_ids.shape, self.threads)
-        report = model.gradient(weights, workspace, input_ids, target, self._stage1(weights, entropy_weight), start)
-        loss = model.forward(weights, input_ids, start=start, threads=self.threads).token_loss(target)
-        objective = report.objective / max(1, report.tokens)
-        return {"loss": loss, "objective": objective, "grads": workspace.total.tensors}
-
-    def _stage1(self, weights: Weights, entropy_weight: float) -> StageOne:
-        return StageOne(entropy_weight, np.zeros(weights.config.total_ut_steps, np.float32))
-
-    def stage2(
-        self, tensors: Mapping[str, Array], config: Mapping[str, Any], input_ids: Ints, target: Ints
-    ) -> dict[str, Any]:
-        weights, counted = self._weights(tensors, config), target >= 0
-        trace = model.forward(weights, input_ids, threads=self.threads)
-        loss, hidden = trace.token_loss(target)[:, counted], trace.hidden[:, counted]
-        (gate_logit,) = kernels.gate_forward(hidden, weights.gate_weight, weights.gate_bias)
-        value, dgate_logit = StageTwo("paper").value_and_dgate(loss, gate_logit)
-        dgate_logit *= np.float32(1.0 / value.size)
-        _, dweight, dbias = kernels.gate_backward(dgate_logit, hidden, weights.gate_weight)
-        return {
-            "objective": float(value.mean(dtype=np.float64)),
-            "grads": dict(zip(GATE, (dweight, dbias), strict=True)),
-        }
-
-    def cached_hidden(
-        self,
-        tensors: Mapping[str, Array],
-        config: Mapping[str, Any],
-        input_ids: Ints,
-        start: Ints | None = None,
-    ) -> Floats:
-        weights = self._weights(tensors, config)
-        session = Session(weights, batch=len(input_ids), start=start, policy="full")
-        states = [session.feed(input_ids[:, : self.prefill]).hidden] if self.prefill else []
-        last = np.full(len(input_ids), session.loops - 1, np.int64)
-        for s in range(self.prefill, input_ids.shape[1]):
-            session.begin(np.ascontiguousarray(input_ids[:, s]))
-            for _ in range(session.loops):
-                session.next_loop()
-            session.finish(last)
-            states.append(session.hidden[:, :, None].copy())
-        return np.concatenate(states, axis=2)
-
-    def exit_loop(self, exit_prob: Floats, exit_threshold: float) -> Ints:
-        return kernels.exit_loop(exit_prob, exit_threshold)[0]
-
-    def greedy(
-        self,
-        tensors: Mapping[str, Array],
-        config: Mapping[str, Any],
-        input_ids: Ints,
-        exit_threshold: float,
-        new_tokens: int,
-    ) -> Ints:
-        """Cached decoding in which all loops run: what decoding computes, without its saving."""
-        weights, ids = self._weights(tensors, config), np.ascontiguousarray(input_ids)
-        rule = LearnedGate(min(exit_threshold, 1.0))
-        session = Session(weights, batch=len(ids), policy="full")
-        trace = session.feed(ids)
-        states, gate_logit = trace.hidden[:, :, -1], np.ascontiguousarray(trace.gate_logit[:, :, -1])
-        exit_at = exit_index(rule, states, gate_logit)
-        logits = states[exit_at, np.arange(len(ids))] @ weights.head.T
-        for made in range(1, new_tokens + 1):
-            token = logits.argmax(-1)
-            ids = np.concatenate([ids, token[:, None]], axis=1)
-            if made < new_tokens:
-                logits = session.logits(session.advance(token, rule))
-        return ids
-
-    def adamw(
-        self,
-        tensors: Mapping[str, Array],
-        config: Mapping[str, Any],
-        batches: Ints,
-        settings: Mapping[str, float],
-    ) -> Array:
-        weights = self._weights(tensors, config).copy()
-        given = {name: settings[name] for name in ("learning_rate", "beta1", "beta2", "weight_decay", "clip")}
-        optimizer = Optimizer(weights, TrainConfig(adam_eps=settings["eps"], **given))
-        workspace = model.GradientWorkspace(weights.config, *batches.shape[1:], self.threads)
-        objective, losses = self._stage1(weights, settings["entropy_weight"]), []
-        for step, ids in enumerate(batches, 1):
-            report = model.gradient(weights, workspace, ids, fixture.next_token(ids), objective)
-            losses.append(report.objective / report.tokens)
-            optimizer.update(workspace.total.contiguous(), step, settings["learning_rate"])
-        return np.array(losses)
+from looplm_reference.model import LoopLM
 
 
 @dataclasses.dataclass(frozen=True)
@@ -246,7 +106,7 @@ def _prefilled(name: str) -> Iterator[Row]:
     config = judge.MODELS[name]
     tensors = judge.random_tensors(config)
     ids = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 7))
-    expected = fixture.LoopLM(tensors, config).forward(ids)["hidden"]
+    expected = LoopLM(tensors, config).forward(ids)["hidden"]
     for prefill in range(1, ids.shape[1] + 1):
         hidden = EngineCandidate(prefill=prefill).cached_hidden(tensors, config, ids)
         error = contract.relative_error(expected, hidden)

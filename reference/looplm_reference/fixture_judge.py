@@ -50,7 +50,7 @@ class ReferenceFixtureCandidate(ReferenceCandidate):
         model, losses = self.model(tensors, config), []
         model.weight = {name: value.copy() for name, value in model.weight.items()}
         moments = {name: (np.zeros_like(value), np.zeros_like(value)) for name, value in model.weight.items()}
-        how = {name: settings[name] for name in ("learning_rate", "beta1", "beta2", "eps")}
+        rate, beta1, beta2, eps = (settings[name] for name in ("learning_rate", "beta1", "beta2", "eps"))
         for step, ids in enumerate(batches, 1):
             found = model.stage1(ids, next_token(ids), settings["entropy_weight"])
             losses.append(found["objective"])
@@ -59,7 +59,7 @@ class ReferenceFixtureCandidate(ReferenceCandidate):
             for name, weight in model.weight.items():
                 decay = settings["weight_decay"] if weight.ndim == 2 and len(weight) > 1 else 0.0
                 grad = shrink * found["grads"][name]
-                ops.adamw_update(weight, grad, *moments[name], step=step, weight_decay=decay, **how)
+                ops.adamw_update(weight, grad, *moments[name], step, rate, beta1, beta2, eps, decay)
         return np.array(losses)
 
 
