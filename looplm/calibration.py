@@ -12,7 +12,7 @@ import numpy as np
 
 from .arrays import Array, Floats
 from .data import Batch
-from .errors import DataError
+from .errors import DataError, TrainingError
 from .kernels import adamw_update, exit_distribution_forward, exit_loop, gate_backward, gate_forward
 from .model import forward
 from .objectives import StageTwo
@@ -77,7 +77,10 @@ class Contest:
 
 
 def observe(weights: Weights, batches: Iterable[Batch], max_tokens: int, threads: int = 1) -> Observations:
-    """Run the model once over up to `max_tokens` counted positions.  Raises: DataError if there are none."""
+    """Run the model once over up to `max_tokens` counted positions.
+
+    Raises: DataError if there are none, or the model's loss on them is no number.
+    """
     hidden, loss, seen = [], [], 0
     for batch in batches:
         trace = forward(weights, batch.input_ids, start=batch.start, threads=threads)
@@ -89,11 +92,17 @@ def observe(weights: Weights, batches: Iterable[Batch], max_tokens: int, threads
             break
     if not seen:
         raise DataError("there is no position to calibrate on", "give a longer text")
-    return Observations(np.concatenate(hidden, axis=1)[:, :max_tokens], np.concatenate(loss, axis=1)[:, :max_tokens])
+    losses = np.concatenate(loss, axis=1)[:, :max_tokens]
+    if not np.isfinite(losses).all():
+        raise DataError("the model's loss is not a number", "its weights are damaged: train anew, or resume its run")
+    return Observations(np.concatenate(hidden, axis=1)[:, :max_tokens], losses)
 
 
 def fit_gate(gate: Gate, seen: Observations, objective: StageTwo, config: CalibrateConfig) -> Gate:
-    """Adam from the present gate on random positions; the model is not touched."""
+    """Adam from the present gate on random positions; the model is not touched.
+
+    Raises: TrainingError if the gate grows beyond what numbers can hold.
+    """
     rng = np.random.default_rng([config.seed, 2])
     weight, bias = gate.weight.copy(), gate.bias.copy()
     moments = [(np.zeros_like(x), np.zeros_like(x)) for x in (weight, bias)]
@@ -108,6 +117,9 @@ def fit_gate(gate: Gate, seen: Observations, objective: StageTwo, config: Calibr
         rate = config.learning_rate * (1.0 - (step - 1) / config.steps)  # down to 0, so the end does not jitter
         for x, dx, (first, second) in ((weight, dweight, moments[0]), (bias, dbias, moments[1])):
             adamw_update(x, np.ascontiguousarray(dx), first, second, step, rate, 0.9, 0.999, 1e-8, 0.0)
+    (gate_logit,) = gate_forward(seen.hidden, weight, bias)
+    if not np.isfinite(gate_logit).all():
+        raise TrainingError("the gate is no longer a number", "use a lower learning rate")
     return Gate(weight, bias)
 
 

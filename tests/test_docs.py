@@ -121,7 +121,8 @@ def differences(shown: object, real: object, where: str = "") -> list[str]:
         inner = [line for key in both for line in differences(shown[key], real[key], f"{where}.{key}")]
         return sorted(extra + lacking + inner)
     if isinstance(shown, list) and isinstance(real, list):
-        return differences(shown[0], real[0], f"{where}[0]") if shown and real else []
+        pairs = enumerate(zip(shown, real, strict=False))
+        return [line for number, pair in pairs for line in differences(*pair, f"{where}[{number}]")]
     kinds = {
         float if isinstance(value, int) and not isinstance(value, bool) else type(value) for value in (shown, real)
     }

@@ -76,6 +76,8 @@ def print_folder(report: FixtureReport) -> None:
     _print("        engine   reference  tolerance  array")
     _print_comparisons(report.rows)
     _print_verdict(report)
+    if not report.failures:
+        _print(f"  all {len(report.rows)} arrays within tolerance")
     _print("")
 
 

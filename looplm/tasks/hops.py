@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 ALPHABET = 8  # letters
 MAX_HOPS = 3
+MIN_LENGTH = 3  # a digit, and a letter twice
 VALIDATION_BATCHES = 32  # what validation() gives when it is not told how many
 _VALIDATION_STREAM = 2**31  # above any optimizer step, so no training sequence is drawn from it
 
@@ -130,6 +131,8 @@ class HopsSource:
     def __init__(
         self, batch_size: int, seq_len: int, seed: int, alphabet: int = ALPHABET, max_hops: int = MAX_HOPS
     ) -> None:
+        if seq_len < MIN_LENGTH:
+            raise DataError(f"hops: a sequence of {seq_len} has no question", f"use at least {MIN_LENGTH} positions")
         self.vocab_size = len(tokens(alphabet, max_hops))
         self.settings = {"alphabet": alphabet, "max_hops": max_hops, "seq_len": seq_len}
         self._batch_size, self._seed = batch_size, seed

@@ -15,22 +15,23 @@ SCORED_BATCHES = 24
 
 @dataclasses.dataclass(frozen=True)
 class HopsAnswers:
-    """predictions: RBS, hidden: RBSD, target: BS, hops: B, over several batches laid end to end."""
+    """predictions: RBS, hidden: RBSD, target: BS, hops: B (1 to max_hops), over several batches laid end to end."""
 
     predictions: Ints
     hidden: Floats
     target: Ints
     hops: Ints
+    max_hops: int
 
     def accuracy(self) -> Array:
         """One row per number of hops, one column per loop."""
-        return accuracy_by_hop_and_loop(self.predictions, self.target, self.hops)
+        return accuracy_by_hop_and_loop(self.predictions, self.target, self.hops, self.max_hops)
 
     def at_threshold(self, exit_prob: Floats, q: float) -> tuple[Array, Array]:
         """Mean exit loop (from 1) and accuracy by number of hops, when every position stops by q.  exit_prob: RBS."""
         (stop,) = exit_loop(exit_prob, q)
         right = np.take_along_axis(self.predictions, stop[None], axis=0)[0] == self.target
-        return mean_by_hop(stop + 1.0, self.target, self.hops), mean_by_hop(right, self.target, self.hops)
+        return tuple(mean_by_hop(x, self.target, self.hops, self.max_hops) for x in (stop + 1.0, right))
 
 
 def answer(weights: Weights, source: HopsSource, batches: int = SCORED_BATCHES, threads: int = 1) -> HopsAnswers:
@@ -54,4 +55,5 @@ def answer(weights: Weights, source: HopsSource, batches: int = SCORED_BATCHES, 
         np.concatenate(hidden, axis=1),
         np.concatenate(targets),
         np.concatenate(hops),
+        source.settings["max_hops"],
     )

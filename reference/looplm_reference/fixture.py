@@ -13,10 +13,10 @@ adamw_loss N with adamw_input_ids N B S: Stage I loss on each batch before the u
 
 import dataclasses
 import functools
-import json
 import pathlib
 import re
 import zipfile
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,6 +29,7 @@ from .ops import Array
 
 TOLERANCE = 1e-4
 ENTROPY_WEIGHT = 0.05
+NUMBERS = ("tolerance", "entropy_weight")
 ADAMW = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "clip", "entropy_weight")
 INPUTS = {"input_ids", "greedy_prompt", "adamw_input_ids"}  # what other arrays are computed from
 GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
@@ -86,20 +87,20 @@ def load(folder: str | pathlib.Path, settings: Mapping[str, Any] | None = None) 
     path, given = pathlib.Path(folder), dict(settings or {})
     try:
         config, tensors = read_config(path / "model"), read_tensors(path / "model")
-        with np.load(path / "expected.npz", allow_pickle=False) as stored:
+        with (path / "expected.npz").open("rb") as file, np.load(file, allow_pickle=False) as stored:
             expected = {name: stored[name] for name in stored.files}
-    except (OSError, ValueError, KeyError, TypeError, json.JSONDecodeError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
         raise FixtureError(f"{path} is no fixture folder: {error}") from error
     missing = sorted(tensor_shapes(config).keys() - tensors.keys())
     if missing:
         raise FixtureError(f"{path}/model lacks {', '.join(missing)}")
     numbers = {name: _number(path, name, value) for name, value in given.items() if name in NUMBERS}
-    adamw = {name: _number(path, f"adamw.{name}", value) for name, value in dict(given.get("adamw") or {}).items()}
+    optimizer = given.get("adamw") or {}
+    if not isinstance(optimizer, Mapping):
+        raise FixtureError(f"{path}/fixture.yaml: adamw={optimizer!r} is not `key: value` lines")
+    adamw = {name: _number(path, f"adamw.{name}", value) for name, value in optimizer.items()}
     known, ignored = _checked(path, config, expected, adamw)
     return Fixture(path, config, tensors, known, ignored, adamw=adamw, origin=str(given.get("origin", "")), **numbers)
-
-
-NUMBERS = ("tolerance", "entropy_weight")
 
 
 def _number(path: pathlib.Path, name: str, value: Any) -> float:

@@ -66,6 +66,8 @@ def calibrate(
     if undo:
         undo_gate(opened.folder)
         say(f"the previous gate of {opened.folder} is back")
+        if as_json:
+            print_json({"model": str(opened.folder), "kept": "previous"})
         return
     if opened.config.total_ut_steps < 2:
         raise UsageError(f"{opened.folder} has one loop: there is no exit to learn", "train with --loops 2 or more")
@@ -157,6 +159,7 @@ def _by_hop(opened: "Opened", data: "HeldOut", new: "Gate", threads: int | None)
     from looplm.tasks.scores import answer
     from looplm_cli.held_out import hops_source
     from looplm_cli.inputs import thread_count
+    from looplm_cli.render import finite
 
     answers = answer(opened.weights, hops_source(opened), threads=thread_count(threads))
     old = Gate(opened.weights.gate_weight, opened.weights.gate_bias)
@@ -165,8 +168,8 @@ def _by_hop(opened: "Opened", data: "HeldOut", new: "Gate", threads: int | None)
         exit_prob = gate.exit_prob(answers.hidden)
         rows = []
         for q in THRESHOLDS:
-            loops, accuracy = answers.at_threshold(exit_prob, q)
-            rows.append({"q": q, "mean_loops": loops.tolist(), "accuracy": accuracy.tolist()})
+            loops, accuracy = ([finite(x) for x in means.tolist()] for means in answers.at_threshold(exit_prob, q))
+            rows.append({"q": q, "mean_loops": loops, "accuracy": accuracy})
         found[f"hops_{name}"] = rows
     return found
 
@@ -187,8 +190,12 @@ def _print(report: dict[str, Any]) -> None:
         return
     rows = [
         [f"q = {old['q']:g}, {hop} hop{'s' if hop > 1 else ''}"]
-        + [f"{at['mean_loops'][hop - 1]:.2f}  {at['accuracy'][hop - 1]:.3f}" for at in (old, new)]
+        + [_loops_and_accuracy(at["mean_loops"][hop - 1], at["accuracy"][hop - 1]) for at in (old, new)]
         for hop in range(1, len(report["hops_before"][0]["mean_loops"]) + 1)
         for old, new in zip(report["hops_before"], report["hops_after"], strict=True)
     ]
     print_table(["mean loops and accuracy", "old gate", "new gate"], rows)
+
+
+def _loops_and_accuracy(loops: float | None, accuracy: float | None) -> str:
+    return "no such question" if loops is None or accuracy is None else f"{loops:.2f}  {accuracy:.3f}"

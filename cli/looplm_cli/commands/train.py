@@ -242,7 +242,7 @@ def task_accuracy(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
     """Accuracy by number of hops and loop, for a task run; nothing for a text."""
     from looplm.tasks.hops import HopsSource
     from looplm.tasks.scores import answer
-    from looplm_cli.render import print_table
+    from looplm_cli.render import finite, print_table
 
     if not isinstance(run.source, HopsSource):
         return {}
@@ -251,7 +251,7 @@ def task_accuracy(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
         loops = [f"loop {r}" for r in range(1, accuracy.shape[1] + 1)]
         rows = [(f"{hop}", *(f"{a:.3f}" for a in row)) for hop, row in enumerate(accuracy, 1)]
         print_table(["hops", *loops], rows, title="Accuracy by number of hops and loop, new sequences")
-    return {"accuracy_by_hop_and_loop": [[round(float(a), 4) for a in row] for row in accuracy]}
+    return {"accuracy_by_hop_and_loop": [[finite(round(float(a), 4)) for a in row] for row in accuracy]}
 
 
 def _run_name(settings: "RunConfig") -> str:
