@@ -98,6 +98,15 @@ def observe(weights: Weights, batches: Iterable[Batch], max_tokens: int, threads
     return Observations(np.concatenate(hidden, axis=1)[:, :max_tokens], losses)
 
 
+def gate_gradient(gate: Gate, hidden: Floats, loss: Floats, objective: StageTwo) -> tuple[float, Floats, Floats]:
+    """Stage II's mean objective over positions and its gradient.  hidden: RND, loss: RN -> value, dweight, dbias."""
+    (gate_logit,) = gate_forward(hidden, gate.weight, gate.bias)
+    value, dgate_logit = objective.value_and_dgate(loss, gate_logit)
+    dgate_logit *= np.float32(1.0 / value.size)
+    _, dweight, dbias = gate_backward(dgate_logit, hidden, gate.weight)
+    return float(value.mean(dtype=np.float64)), dweight, dbias
+
+
 def fit_gate(gate: Gate, seen: Observations, objective: StageTwo, config: CalibrateConfig) -> Gate:
     """Adam from the present gate on random positions; the model is not touched.
 
@@ -109,11 +118,7 @@ def fit_gate(gate: Gate, seen: Observations, objective: StageTwo, config: Calibr
     rows = seen.loss.shape[1]
     for step in range(1, config.steps + 1):
         part = rng.integers(0, rows, min(config.batch_tokens, rows))
-        hidden = seen.hidden[:, part]
-        (gate_logit,) = gate_forward(hidden, weight, bias)
-        _, dgate_logit = objective.value_and_dgate(seen.loss[:, part], gate_logit)
-        dgate_logit *= np.float32(1.0 / part.size)
-        _, dweight, dbias = gate_backward(dgate_logit, hidden, weight)
+        _, dweight, dbias = gate_gradient(Gate(weight, bias), seen.hidden[:, part], seen.loss[:, part], objective)
         rate = config.learning_rate * (1.0 - (step - 1) / config.steps)  # down to 0, so the end does not jitter
         for x, dx, (first, second) in ((weight, dweight, moments[0]), (bias, dbias, moments[1])):
             adamw_update(x, np.ascontiguousarray(dx), first, second, step, rate, 0.9, 0.999, 1e-8, 0.0)

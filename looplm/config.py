@@ -62,7 +62,7 @@ class ModelConfig:
         for name in (*REQUIRED, "num_key_value_heads", "head_dim", "rope_theta"):
             value = getattr(self, name)
             if not 0 < value < math.inf:
-                raise ConfigError(f"model.{name}={value} is not a positive number", f"give model.{name} a value above 0")
+                raise ConfigError(f"model.{name}={value} is not a positive number", "use a value above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ConfigError(
                 f"model.num_attention_heads={self.num_attention_heads} is not divisible by "

@@ -116,7 +116,7 @@ def start_run(config: RunConfig, out_dir: pathlib.Path) -> Iterator[TrainingRun]
 
     Other trainings are kept out of the folder while the block runs.
 
-    Raises: LoopLMError for anything wrong with settings, corpus or folder; settings and corpus before a file is written.
+    Raises: LoopLMError for anything wrong with settings, corpus or folder; the first two before a file is written.
     """
     corpus = list(config.data.corpus)
     if corpus_kind(corpus) == "text":
@@ -143,8 +143,8 @@ def start_run(config: RunConfig, out_dir: pathlib.Path) -> Iterator[TrainingRun]
 def resume_run(path: pathlib.Path, threads: int = 0) -> Iterator[TrainingRun]:
     """A run as of its last checkpoint, or of its start if it was killed before the first.
 
-    It goes on with the number of threads it had unless another is asked for.  Other trainings are kept out of the folder
-    while the block runs.
+    It goes on with the number of threads it had unless another is asked for.  Other trainings are kept out of the
+    folder while the block runs.
 
     Raises: CheckpointError if there is nothing to go on from.
     """

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import tiny_models
 from in_process import looplm, report_of
-
 from looplm.calibration import (
     THRESHOLDS,
     CalibrateConfig,
@@ -27,7 +27,6 @@ from looplm.errors import DataError, TrainingError
 from looplm.model import forward
 from looplm.objectives import StageTwo
 from looplm.safetensors_file import TensorFile
-from looplm_cli.commands import calibrate as command
 
 WIDTH = 6
 FLAT = Gate(np.zeros((1, WIDTH), np.float32), np.zeros(1, np.float32))
@@ -75,7 +74,9 @@ def test_the_target_says_which_gate_learns_from_an_improvement(target: str, told
     gate = fit_gate(FLAT, seen, StageTwo(target), CalibrateConfig(steps=600, learning_rate=0.1))
     stop = hazard(gate, seen).mean(1)
     assert stop[told[0]] < 0.05
-    assert stop[told[1]] == pytest.approx(1.0 / (1.0 + np.exp(-50 * 0.005)), abs=0.01)  # no improvement is worth this much
+    assert stop[told[1]] == pytest.approx(
+        1.0 / (1.0 + np.exp(-50 * 0.005)), abs=0.01
+    )  # no improvement is worth this much
 
 
 def test_fitting_is_reproducible_and_leaves_the_old_gate_alone() -> None:
@@ -194,7 +195,9 @@ def judged(monkeypatch: pytest.MonkeyPatch, advantage: float) -> None:
 
     right = calibration.contest
     monkeypatch.setattr(
-        calibration, "contest", lambda *given: dataclasses.replace(right(*given), advantage=advantage, shared=(1.0, 3.0))
+        calibration,
+        "contest",
+        lambda *given: dataclasses.replace(right(*given), advantage=advantage, shared=(1.0, 3.0)),
     )
 
 
@@ -216,8 +219,18 @@ def test_nothing_but_the_gate_changes(model: pathlib.Path) -> None:
 @pytest.mark.parametrize(
     ("advantage", "accept", "kept", "verdict"),
     [
-        (0.01, "better", "new", "keeping the new gate: between 1.00 and 3.00 mean loops the new gate loses 0.0100 nats less"),
-        (-0.01, "better", "old", "keeping the old gate: between 1.00 and 3.00 mean loops the new gate loses 0.0100 nats more"),
+        (
+            0.01,
+            "better",
+            "new",
+            "keeping the new gate: between 1.00 and 3.00 mean loops the new gate loses 0.0100 nats less",
+        ),
+        (
+            -0.01,
+            "better",
+            "old",
+            "keeping the old gate: between 1.00 and 3.00 mean loops the new gate loses 0.0100 nats more",
+        ),
         (0.0, "better", "old", "keeping the old gate"),
         (-0.01, "always", "new", "taking the new gate as asked (--accept always), although between"),
         (0.01, "always", "new", "keeping the new gate: between"),
@@ -301,7 +314,6 @@ def test_it_teaches_on_one_half_and_judges_on_the_other(model: pathlib.Path, mon
     monkeypatch.setattr(
         calibration, "observe", lambda weights, part, *more: (seen.append(part), right(weights, part, *more))[1]
     )
-    assert command.calibrate.__name__ == "calibrate"
     looplm("calibrate", "-m", model, "--steps", 2)
     teach, judge = ([batch.input_ids.tobytes() for batch in part] for part in seen)
     assert teach

@@ -46,8 +46,11 @@ def test_a_list_is_scaled_to_sum_one() -> None:
 
 @pytest.mark.parametrize(
     "prior",
-    ["", "unifrm", "uniform:2", "geometric", "geometric:", "geometric:x", "geometric:0", "geometric:1", "geometric:1.5"]
-    + ["geometric:-0.2", "geometric:nan", "0.5,0.5", "1,1,1,1", "0.5,0.5,0", "1,1,-1", "1,nan,1", "1,inf,1", "1,,1"],
+    [
+        *("", "unifrm", "uniform:2", "geometric", "geometric:", "geometric:x", "geometric:0", "geometric:1"),
+        *("geometric:1.5", "geometric:-0.2", "geometric:nan", "0.5,0.5", "1,1,1,1", "0.5,0.5,0", "1,1,-1"),
+        *("1,nan,1", "1,inf,1", "1,,1"),
+    ],
 )
 def test_what_is_no_prior_over_the_loops_is_refused(prior: str) -> None:
     with pytest.raises(ConfigError, match=r"train\.prior=") as caught:

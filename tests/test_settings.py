@@ -163,7 +163,9 @@ def test_set_reads_yaml_values() -> None:
     }
 
 
-@pytest.mark.parametrize("wrong", ["train.steps", "steps=3", "=3", "", "train.=3", "train.steps=[", "train.prior=9999-99-99"])
+@pytest.mark.parametrize(
+    "wrong", ["train.steps", "steps=3", "=3", "", "train.=3", "train.steps=[", "train.prior=9999-99-99"]
+)
 def test_a_set_that_is_no_setting_is_refused(wrong: str) -> None:
     with pytest.raises(ConfigError, match="--set") as caught:
         parse_settings([wrong])

@@ -1,6 +1,7 @@
 """Stage I step by step: schedule, optimizer, what stops it, how long it goes on."""
 
 import dataclasses
+import itertools
 import math
 import types
 from typing import Any
@@ -57,7 +58,7 @@ def test_the_learning_rate_warms_up_and_falls_like_a_cosine() -> None:
     assert rates[50] == pytest.approx(2.0 * 0.55)
     assert rates[100] == pytest.approx(2.0 * 0.1)
     assert max(rates) == rates[9]
-    assert all(a > b for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a > b for a, b in itertools.pairwise(rates[9:]))
 
 
 @pytest.mark.parametrize(("total", "warmup"), [(100, 20), (400, 20), (1000, 50)])
@@ -75,7 +76,7 @@ def test_decay_segments_are_the_matrices_and_as_few_as_possible() -> None:
     segments = decay_segments(weights)
     assert segments[0][0].start == 0
     assert segments[-1][0].stop == weights.contiguous().size
-    for (part, decays), (after, then) in zip(segments, segments[1:], strict=False):
+    for (part, decays), (after, then) in itertools.pairwise(segments):
         assert part.stop == after.start
         assert decays != then
     decaying = np.zeros(weights.contiguous().size, bool)

@@ -2,21 +2,16 @@
 
 import dataclasses
 import json
-import os
 import pathlib
 import resource
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pytest
-import tiny_training
 
+import tiny_training
 from benchmarks import kill_resume
 from looplm import training_run
 from looplm.checkpoint import load_model, swap_gate
@@ -190,76 +185,6 @@ def test_a_task_is_resumed_too(tmp_path: pathlib.Path) -> None:
     calm, left = tmp_path / "calm", finish(tmp_path / "left")
     assert kill_resume.read_log(calm) == kill_resume.read_log(left)
     assert (calm / "model/model.safetensors").read_bytes() == (left / "model/model.safetensors").read_bytes()
-
-
-# ---- real processes, really killed
-
-
-@dataclasses.dataclass(frozen=True)
-class Processes:
-    arguments: list[str]
-    calm: pathlib.Path
-    seconds: float  # that its steps took
-
-
-@pytest.fixture(scope="module")
-def processes(story: str) -> Processes:
-    calm, arguments = pathlib.Path(story).with_name("calm"), [story, *kill_resume.SMALL, "--steps", "160"]
-    kill_resume.train(calm, arguments)
-    lines = [json.loads(line) for line in (calm / "log.jsonl").read_text().splitlines()]
-    return Processes(arguments, calm, max(line.get("seconds", 0.0) for line in lines))
-
-
-def test_training_survives_being_killed_at_random_moments(processes: Processes, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "killed"
-    kills = list(kill_resume.kill_at_random(folder, processes.arguments, 4, processes.seconds / 5, seed=1))
-    assert len(kills) == 4
-    assert any(kill.died for kill in kills)
-    kill_resume.train(folder, processes.arguments)
-    assert kill_resume.differences(processes.calm, folder) == []
-    assert kill_resume.last_step(folder) == 160
-
-
-def test_ctrl_c_and_sigterm_save_end_with_130_and_can_be_resumed(processes: Processes, tmp_path: pathlib.Path) -> None:
-    folder = tmp_path / "stopped"
-    for number in (signal.SIGTERM, signal.SIGINT):
-        before = kill_resume.last_step(folder)
-        process = subprocess.Popen(kill_resume.command(folder, processes.arguments), stderr=subprocess.PIPE, text=True)
-        wait_for(lambda before=before: kill_resume.last_step(folder) > before, process)
-        process.send_signal(number)
-        _, said = process.communicate(timeout=60)
-        assert process.returncode == 130, said
-        step = RunFolder.open(folder).load_state()[3]["step"]
-        assert said.strip() == f"stopped at step {step}; go on with: looplm train --resume {folder}"
-        assert json.loads((folder / "model" / "looplm.json").read_text())["steps"] == step
-        assert kill_resume.last_step(folder) == step > before
-    kill_resume.train(folder, processes.arguments)
-    assert kill_resume.differences(processes.calm, folder) == []
-
-
-def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    deadline = time.monotonic() + 60.0
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_a_second_process_is_refused_while_one_trains(story: str, tmp_path: pathlib.Path) -> None:
-    with start_run(config(story), tmp_path / "run") as run:
-        stop_after(run, 7)
-        before = files_of(run.folder.path)
-        found = subprocess.run(
-            [sys.executable, "-m", "looplm_cli", "train", "--resume", str(run.folder.path)],
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
-        assert found.returncode == 1
-        first, second = found.stderr.splitlines()
-        assert first == f"error: another training is writing to {run.folder.path} (process {os.getpid()})"
-        assert second.startswith("hint: ")
-        assert files_of(run.folder.path) == before  # its log too, which a resumed run cuts
 
 
 # ---- two trainings, one folder

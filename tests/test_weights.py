@@ -130,6 +130,9 @@ def test_neighbours_in_another_order_are_not_taken_for_a_group() -> None:
     for parts in ([second, first], [first, base[3:]], [base[:2, :1], base[2:, :1]], [first, second.copy()]):
         np.testing.assert_array_equal(joined(parts), np.concatenate(parts))
         assert not np.shares_memory(joined(parts), base)
+    memory = memoryview(bytearray(16))  # neighbours by accident: nothing keeps the second alive
+    strangers = [np.frombuffer(memory[part], np.float32) for part in (slice(0, 8), slice(8, 16))]
+    assert not np.shares_memory(joined(strangers), strangers[0])
 
 
 def test_a_read_only_buffer_stays_read_only() -> None:

@@ -7,6 +7,7 @@ import numpy as np
 
 from looplm import kernels, model
 from looplm.arrays import Array, Floats, Ints
+from looplm.calibration import Gate, gate_gradient
 from looplm.config import model_config_from_json
 from looplm.exits import LearnedGate, exit_index
 from looplm.generation import Session
@@ -78,14 +79,9 @@ class EngineCandidate:
         weights, counted = self._weights(tensors, config), target >= 0
         trace = model.forward(weights, input_ids, threads=self.threads)
         loss, hidden = trace.token_loss(target)[:, counted], trace.hidden[:, counted]
-        (gate_logit,) = kernels.gate_forward(hidden, weights.gate_weight, weights.gate_bias)
-        value, dgate_logit = StageTwo("paper").value_and_dgate(loss, gate_logit)
-        dgate_logit *= np.float32(1.0 / value.size)
-        _, dweight, dbias = kernels.gate_backward(dgate_logit, hidden, weights.gate_weight)
-        return {
-            "objective": float(value.mean(dtype=np.float64)),
-            "grads": dict(zip(GATE, (dweight, dbias), strict=True)),
-        }
+        gate = Gate(weights.gate_weight, weights.gate_bias)
+        value, dweight, dbias = gate_gradient(gate, hidden, loss, StageTwo("paper"))
+        return {"objective": value, "grads": dict(zip(GATE, (dweight, dbias), strict=True))}
 
     def cached_hidden(
         self,

@@ -31,7 +31,8 @@ class HopsAnswers:
         """Mean exit loop (from 1) and accuracy by number of hops, when every position stops by q.  exit_prob: RBS."""
         (stop,) = exit_loop(exit_prob, q)
         right = np.take_along_axis(self.predictions, stop[None], axis=0)[0] == self.target
-        return tuple(mean_by_hop(x, self.target, self.hops, self.max_hops) for x in (stop + 1.0, right))
+        loops, accuracy = (mean_by_hop(x, self.target, self.hops, self.max_hops) for x in (stop + 1.0, right))
+        return loops, accuracy
 
 
 def answer(weights: Weights, source: HopsSource, batches: int = SCORED_BATCHES, threads: int = 1) -> HopsAnswers:
