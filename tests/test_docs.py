@@ -63,7 +63,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
     draw = random.Random(0)
     lines = (" ".join(draw.choices(words, k=12)).capitalize() + ". The fox loops.\n" for _ in range(1500))
     (folder / "corpus.txt").write_text("".join(lines), encoding="utf-8")
-    run(folder, "looplm train corpus.txt --preset nano --steps 20 --seed 0 --out-dir runs/first")
+    run(folder, "looplm train corpus.txt --preset nano --steps 20 --set train.eval_every=20 --out-dir runs/first")
     return folder
 
 

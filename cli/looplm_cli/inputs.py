@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looplm.errors import DataError
-from looplm_cli.render import print_warning
+from looplm_cli.render import print_warning, say
 
 if TYPE_CHECKING:
     from looplm.arrays import Ints
@@ -59,8 +59,22 @@ def open_model(path: Path | None) -> Opened:
     loaded = load_model(resolve_model(None if path is None else str(path)))
     for warning in loaded.warnings:
         print_warning(warning)
+    announce_compilation()
     tokenizer = Tokenizer.from_file(loaded.folder)
     return Opened(loaded.folder, loaded.config, loaded.weights, tokenizer, loaded.provenance)
+
+
+def announce_compilation() -> None:
+    """Say why the first use of the engine takes longer, where it will (stderr)."""
+    from looplm.kernels.jit import cache_folder, kernels_are_cached
+
+    if cache_folder() is None:
+        print_warning(
+            "no folder for compiled kernels can be written: they are compiled anew in every run, which takes some "
+            "fifteen seconds; set NUMBA_CACHE_DIR to a folder you may write to"
+        )
+    elif not kernels_are_cached():
+        say("compiling kernels, once on this machine: some fifteen seconds")
 
 
 def read_prompt(prompt: str) -> str:

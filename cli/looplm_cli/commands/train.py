@@ -123,6 +123,7 @@ def train(
     from looplm.run_folder import new_run_path
     from looplm.settings import to_yaml
     from looplm.training_run import resume_run, start_run
+    from looplm_cli.inputs import announce_compilation
     from looplm_cli.render import say
 
     flags: dict[str, dict[str, Any]] = {
@@ -155,6 +156,7 @@ def train(
     with opened as run:
         if not quiet:
             say(_opening_line(run, resumed=resume is not None))
+            announce_compilation()
         result = run_training(run, quiet)
     if as_json:
         from looplm_cli.render import print_json
@@ -260,14 +262,12 @@ def _run_name(settings: "RunConfig") -> str:
 
 
 def _opening_line(run: "TrainingRun", resumed: bool) -> str:
-    from looplm.kernels.jit import kernels_are_cached
     from looplm.weights import parameter_count
 
     config, train = run.weights.config, run.config.train
     verb = f"resuming at step {run.trainer.progress.step}" if resumed else "training"
-    first = "" if kernels_are_cached() else "\ncompiling kernels, once on this machine (about fifteen seconds)"
     return (
         f"{verb} into {run.folder.path}: {parameter_count(config):,} parameters, {config.num_hidden_layers} layers x "
         f"{config.total_ut_steps} loops, vocabulary {config.vocab_size}, batches of {train.batch_size} x "
-        f"{train.seq_len} tokens, {run.trainer.threads} threads{first}"
+        f"{train.seq_len} tokens, {run.trainer.threads} threads"
     )
