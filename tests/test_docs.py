@@ -39,8 +39,11 @@ class Block:
 
     @property
     def commands(self) -> list[str]:
-        """What stands behind `$ `, continued where a line ends in a backslash."""
-        return re.findall(r"^\$ ((?:.*\\\n)*.*)$", self.body, re.M)
+        """What stands behind `$ ` at the start or after an empty line, continued where a line ends in a backslash.
+
+        Elsewhere a `$ ` belongs to the output: `looplm quickstart` shows commands.
+        """
+        return re.findall(r"(?:\A|\n\n)\$ ((?:.*\\\n)*.*)", self.body)
 
     @property
     def texts(self) -> list[str]:
@@ -194,9 +197,8 @@ def test_a_wrong_object_is_objected_to() -> None:
 def test_a_wrong_page_is_objected_to(trained: pathlib.Path) -> None:
     with pytest.raises(AssertionError, match="no-such-command"):
         run(trained, "looplm no-such-command")
-    page = (
-        "<!-- test adds: --x -->\n<!-- test shows: a; b c -->\n```console\n$ looplm a \\\n    b\nout\n$ looplm c\n```\n"
-    )
+    console = "$ looplm a \\\n    b\nout\n$ not this\n\n$ looplm c\n"
+    page = f"<!-- test adds: --x -->\n<!-- test shows: a; b c -->\n```console\n{console}```\n"
     found = BLOCK.search(page)
     block = Block(found["language"], found["body"], dict(COMMENT.findall(found["comments"])))
     assert block.commands == ["looplm a \\\n    b", "looplm c"]

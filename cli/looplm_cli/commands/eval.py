@@ -196,15 +196,13 @@ def _print(report: dict[str, Any]) -> None:
 def _print_hops(report: dict[str, Any]) -> None:
     from looplm_cli.render import print_table
 
-    deepest = len(report["depths"])
-    depths, thresholds = range(1, deepest + 1), report["thresholds"]
-    columns = ["right", *(f"loop {loop}" for loop in depths), *(f"q = {at['q']:g}" for at in thresholds)]
+    named = [(f"{part['hops']} hop{'s' if part['hops'] > 1 else ''}", part) for part in report["hops"]]
+    depths = [f"loop {loop}" for loop in range(1, len(report["depths"]) + 1)]
+    print_table(
+        ["accuracy", *depths], [[name, *(f"{share:.3f}" for share in part["accuracy"])] for name, part in named]
+    )
+    thresholds = [f"q = {at['q']:g}" for at in report["thresholds"]]
     rows = [
-        [
-            f"{part['hops']} hops" if part["hops"] > 1 else "1 hop",
-            *(f"{share:.2f}" for share in part["accuracy"]),
-            *(f"{at['accuracy']:.2f} in {at['mean_loops']:.2f}" for at in part["thresholds"]),
-        ]
-        for part in report["hops"]
+        [name, *(f"{at['mean_loops']:.2f}  {at['accuracy']:.3f}" for at in part["thresholds"])] for name, part in named
     ]
-    print_table(columns, rows)
+    print_table(["loops, accuracy", *thresholds], rows)
