@@ -84,6 +84,7 @@ class TrainConfig:
     checkpoint_every: int = 0  # steps between checkpoints; 0: every `checkpoint_seconds`
     checkpoint_seconds: float = 20.0
     threads: int = 0  # 0: one per processor core
+    dtype: str = "float32"  # how the model folder stores weights; bfloat16 halves it
 
     def __post_init__(self) -> None:
         _positive(self, "train", "batch_size", "learning_rate", "adam_eps", "eval_tokens", "checkpoint_seconds")
@@ -98,6 +99,8 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} is outside [0, 1)", "use e.g. 0.9 and 0.95")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"train.dtype={self.dtype!r} is not known", "use float32 or bfloat16")
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ConfigError(f"train.min_lr_ratio={self.min_lr_ratio} is outside [0, 1]", "use e.g. 0.1")
 

@@ -86,6 +86,7 @@ class TrainingRun:
             self.tokenizer.json,
             tokenizer_config_json(self.tokenizer, self.weights.config.max_position_embeddings),
             self.provenance(),
+            self.config.train.dtype,
         )
         self.saved_step = trainer.progress.step
 

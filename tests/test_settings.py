@@ -120,6 +120,7 @@ def test_a_wrong_type_is_refused(layer: dict[str, Any], message: str) -> None:
         ({"train": {"steps": 0}}, "train.steps=0 and train.minutes=0 train nothing", "one of the two"),
         ({"train": {"seq_len": 1}}, "train.seq_len=1 is too short", "2"),
         ({"train": {"beta1": 1.0}}, "train.beta1=1.0 is outside [0, 1)", ""),
+        ({"train": {"dtype": "float16"}}, "train.dtype='float16' is not known", "use float32 or bfloat16"),
         ({"train": {"min_lr_ratio": 1.1}}, "train.min_lr_ratio=1.1 is outside [0, 1]", ""),
         ({"data": {"val_fraction": 0}}, "data.val_fraction=0.0 is outside (0, 1)", "0.1"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction=1.0 is outside (0, 1)", "0.1"),

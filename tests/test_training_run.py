@@ -177,6 +177,16 @@ def test_minutes_are_not_measured_twice(story: str, tmp_path: pathlib.Path) -> N
         assert run.trainer.progress == settled
 
 
+def test_the_model_folder_holds_bfloat16_on_request_and_the_state_all_bits(story: str, tmp_path: pathlib.Path) -> None:
+    with start_run(config(story, steps=2, dtype="bfloat16"), tmp_path / "run") as run:
+        list(run.reports())
+        exact = run.weights.copy()
+    stored = load_model(run.folder.model).weights.copy().contiguous()
+    np.testing.assert_array_equal(run.folder.load_state()[0], exact.contiguous())
+    assert not np.array_equal(stored, exact.contiguous())
+    np.testing.assert_allclose(stored, exact.contiguous(), rtol=2**-8)
+
+
 def test_a_task_is_resumed_too(tmp_path: pathlib.Path) -> None:
     settings = config("builtin:hops", steps=6, eval_every=10**6)
     for name, reports in (("calm", 10), ("left", 5)):

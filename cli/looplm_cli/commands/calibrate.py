@@ -18,6 +18,7 @@ from looplm_cli.options import (
 
 if TYPE_CHECKING:
     from looplm.calibration import Contest, Gate, GateMeasure
+    from looplm.data import Batch
     from looplm_cli.held_out import HeldOut
     from looplm_cli.inputs import Opened
 
@@ -105,18 +106,34 @@ def _contest(
     objective = StageTwo(target=target)
     config = CalibrateConfig(steps=steps, learning_rate=learning_rate, seed=seed)
     data = held_out(opened, corpus or [], None, 16, encoding, errors)
-    half = len(data.batches) // 2
-    if not half:
+    halves = _halves(data.batches)
+    if not all(halves):
         raise DataError(
             f"{data.name} is too short: one half teaches the gate, the other judges it", "give a longer text"
         )
     teach, judge = (
         observe(opened.weights, part, config.teaching_tokens, thread_count(threads))
-        for part in (data.batches[:half], data.batches[half:])
+        for part in halves
     )
     old = Gate(opened.weights.gate_weight, opened.weights.gate_bias)
     new = fit_gate(old, teach, objective, config)
     return new, contest(old, new, judge), data
+
+
+def _halves(batches: "list[Batch]") -> "tuple[list[Batch], list[Batch]]":
+    """The first and the second half of all windows."""
+    from looplm.data import Batch
+
+    middle, seen = sum(len(batch.input_ids) for batch in batches) // 2, 0
+    first: list[Batch] = []
+    second: list[Batch] = []
+    for batch in batches:
+        cut = min(max(middle - seen, 0), len(batch.input_ids))
+        seen += len(batch.input_ids)
+        for half, rows in ((first, slice(cut)), (second, slice(cut, None))):
+            if len(batch.input_ids[rows]):
+                half.append(Batch(batch.input_ids[rows], batch.target[rows]))
+    return first, second
 
 
 def _verdict(found: "Contest", accept: str, taken: bool) -> str:
