@@ -111,10 +111,7 @@ def _contest(
         raise DataError(
             f"{data.name} is too short: one half teaches the gate, the other judges it", "give a longer text"
         )
-    teach, judge = (
-        observe(opened.weights, part, config.teaching_tokens, thread_count(threads))
-        for part in halves
-    )
+    teach, judge = (observe(opened.weights, part, config.teaching_tokens, thread_count(threads)) for part in halves)
     old = Gate(opened.weights.gate_weight, opened.weights.gate_bias)
     new = fit_gate(old, teach, objective, config)
     return new, contest(old, new, judge), data
