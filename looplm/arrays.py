@@ -1,5 +1,8 @@
 """The array types of the engine's signatures, and memory that starts on a cache line."""
 
+import contextlib
+import contextvars
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -9,9 +12,26 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
+_WITHOUT_MEMORY = contextvars.ContextVar("without_memory", default=False)
+
+
+@contextlib.contextmanager
+def without_memory() -> Iterator[None]:
+    """In the block, `aligned_empty` gives arrays that have shape and `nbytes` but all share one element, read-only.
+
+    The code that would allocate can so be asked how much it would.
+    """
+    token = _WITHOUT_MEMORY.set(True)
+    try:
+        yield
+    finally:
+        _WITHOUT_MEMORY.reset(token)
+
 
 def aligned_empty(shape: tuple[int, ...]) -> Floats:
     """An uninitialised float32 array whose first byte is a multiple of 64 (np.empty gives 0 or 16 modulo 64)."""
+    if _WITHOUT_MEMORY.get():
+        return np.broadcast_to(np.float32(0.0), shape)
     size = int(np.prod(shape, dtype=np.int64))
     raw = np.empty(size * 4 + 64, np.uint8)
     offset = -raw.ctypes.data % 64

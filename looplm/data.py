@@ -32,6 +32,10 @@ class Batch:
     target: Ints
     start: Ints | None = None
 
+    def rows(self, part: slice) -> "Batch":
+        """Some of the rows, in place."""
+        return Batch(self.input_ids[part], self.target[part], None if self.start is None else self.start[part])
+
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:

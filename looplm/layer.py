@@ -7,14 +7,17 @@ Source: Section 4.1; the four norms and their places are those of the published 
 """
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
 from .arrays import Array, Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .kernels import attention, rmsnorm, rope, swiglu
-from .kernels.linear import accumulate_outer
+from .kernels.product import BlasProducts, Products
 from .weights import LayerWeights
+
+ROW_BLOCK = 256  # rows that pass through a chain of operations together: what one writes, the next finds in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,24 +67,38 @@ class Activations:
 
 
 class Scratch:
-    """Buffers whose content nobody needs after the call."""
+    """Buffers whose content nobody needs after the call, and who multiplies matrices for it."""
 
-    def __init__(self, config: ModelConfig, batch: int, length: int, keys: int, backward: bool = False) -> None:
-        rows = batch * length
-        size = max(attention.score_buffer_size(length, keys, config.num_attention_heads), keys)
-        self.normed = aligned_empty((rows, config.hidden_size))
-        self.activated = aligned_empty((rows, config.intermediate_size))
-        self.scores = aligned_empty((size,))
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        length: int,
+        keys: int,
+        backward: bool = False,
+        products: Products | None = None,
+    ) -> None:
+        rows, channels = batch * length, config.head_dim
+        block = min(rows, ROW_BLOCK)
+        self.products = products or BlasProducts()
+        self.rows = rows
+        self.normed = aligned_empty((block, config.hidden_size))
+        self.activated = aligned_empty((block, config.intermediate_size))
+        buffer_size = attention.forward_buffer_size(keys, channels)
         if backward:
-            heads, groups, channels = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-            qkv_width = (heads + 2 * groups) * channels
-            self.dscores = aligned_empty((size,))
-            self.dqkv = aligned_empty((rows, qkv_width))
+            heads, groups = config.num_attention_heads, config.num_key_value_heads
+            buffer_size = max(buffer_size, attention.backward_buffer_size(keys, channels))
+            self.dqkv = aligned_empty((rows, (heads + 2 * groups) * channels))
             self.dattention = aligned_empty((rows, heads * channels))
-            self.dout = aligned_empty((rows, config.hidden_size))
-            self.dactivated = aligned_empty((rows, config.intermediate_size))
-            self.dgate_up = aligned_empty((rows, 2 * config.intermediate_size))
-            self.outer = aligned_empty((max(qkv_width, 2 * config.intermediate_size) * config.hidden_size,))
+            self.dout = aligned_empty((block, config.hidden_size))
+            self.dactivated = aligned_empty((block, config.intermediate_size))
+            self.dgate_up = aligned_empty((block, 2 * config.intermediate_size))
+        self.attention = aligned_empty((buffer_size,))
+
+    def blocks(self) -> Iterator[slice]:
+        """All rows, a block at a time."""
+        for begin in range(0, self.rows, ROW_BLOCK):
+            yield slice(begin, min(begin + ROW_BLOCK, self.rows))
 
 
 def split_heads(config: ModelConfig, qkv: Array, place: Placement) -> tuple[Array, Array, Array]:
@@ -106,28 +123,59 @@ def layer_forward(
     past: Past | None = None,
 ) -> None:
     """x: ND -> out: ND.  With `past`, new keys and values are appended to its slot and all of it is attended to."""
-    eps, normed = config.rms_norm_eps, scratch.normed
-    rmsnorm.forward_into(normed, saved.rrms[0], x, layer.norm_1, eps)
-    np.matmul(normed, layer.qkv.T, out=saved.qkv)
+    for block in scratch.blocks():
+        _project(layer, config, x[block], block, saved, scratch, place)
     q, k, v = split_heads(config, saved.qkv, place)
-    turned = config.num_attention_heads + config.num_key_value_heads
-    every_head = saved.qkv.reshape(place.position.size, -1, config.head_dim)
-    rope.rotate_in_place(every_head, turned, place.position, place.cos, place.sin, np.float32(1.0))
     keys = place.length
     if past is not None:
         keys += past.filled
         past.keys[:, past.filled : keys], past.values[:, past.filled : keys] = k, v
         k, v = past.keys, past.values
     y, lse = _heads(saved.attention, place, config.head_dim), _heads(saved.lse, place, 1)[..., 0]
-    attention.attend_into(y, lse, q, k, v, keys, place.start, scratch.scores)
-    np.matmul(saved.attention, layer.attention_out.T, out=saved.attention_out)
-    rmsnorm.residual_forward_into(saved.mid, saved.rrms[1], saved.attention_out, x, layer.norm_2, eps)
+    attention.attend_into(y, lse, q, k, v, keys, place.start, scratch.attention)
+    for block in scratch.blocks():
+        _mix(layer, config, x[block], out[block], block, saved, scratch)
 
-    rmsnorm.forward_into(normed, saved.rrms[2], saved.mid, layer.norm_3, eps)
-    np.matmul(normed, layer.gate_up.T, out=saved.gate_up)
-    swiglu.forward_into(scratch.activated, saved.gate_up)
-    np.matmul(scratch.activated, layer.down.T, out=saved.mlp_out)
-    rmsnorm.residual_forward_into(out, saved.rrms[3], saved.mlp_out, saved.mid, layer.norm_4, eps)
+
+def _project(
+    layer: LayerWeights,
+    config: ModelConfig,
+    x: Floats,
+    block: slice,
+    saved: Activations,
+    scratch: Scratch,
+    place: Placement,
+) -> None:
+    """qkv = rope(qkv(norm_1(x))) of some rows."""
+    normed, qkv, position = scratch.normed[: len(x)], saved.qkv[block], place.position[block]
+    rmsnorm.forward_into(normed, saved.rrms[0, block], x, layer.norm_1, config.rms_norm_eps)
+    scratch.products.forward_into(qkv, normed, layer.qkv)
+    turned = config.num_attention_heads + config.num_key_value_heads
+    every_head = qkv.reshape(len(x), -1, config.head_dim)
+    rope.rotate_in_place(every_head, turned, position, place.cos, place.sin, np.float32(1.0))
+
+
+def _mix(
+    layer: LayerWeights,
+    config: ModelConfig,
+    x: Floats,
+    out: Floats,
+    block: slice,
+    saved: Activations,
+    scratch: Scratch,
+) -> None:
+    """mid = x + norm_2(attention_out(attention)), out = mid + norm_4(down(swiglu(gate_up(norm_3(mid))))), some rows."""
+    eps, products, rrms = config.rms_norm_eps, scratch.products, saved.rrms[:, block]
+    normed, activated = scratch.normed[: len(x)], scratch.activated[: len(x)]
+    attention_out, mid = saved.attention_out[block], saved.mid[block]
+    products.forward_into(attention_out, saved.attention[block], layer.attention_out)
+    rmsnorm.residual_forward_into(mid, rrms[1], attention_out, x, layer.norm_2, eps)
+    gate_up, mlp_out = saved.gate_up[block], saved.mlp_out[block]
+    rmsnorm.forward_into(normed, rrms[2], mid, layer.norm_3, eps)
+    products.forward_into(gate_up, normed, layer.gate_up)
+    swiglu.forward_into(activated, gate_up)
+    products.forward_into(mlp_out, activated, layer.down)
+    rmsnorm.residual_forward_into(out, rrms[3], mlp_out, mid, layer.norm_4, eps)
 
 
 def layer_backward(
@@ -144,43 +192,67 @@ def layer_backward(
 
     Both residual paths carry the gradient on unchanged, so it stays in dx and each branch adds its own part.
     """
-    rrms, dout = saved.rrms, scratch.dout
-
-    # out = mid + norm_4(down(silu(gate) * up)),  gate | up = gate_up(norm_3(mid))
-    rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out, layer.norm_4, rrms[3], False)
-    swiglu.forward_into(scratch.activated, saved.gate_up)
-    accumulate_outer(dlayer.down, dout, scratch.activated, scratch.outer)
-    np.matmul(dout, layer.down, out=scratch.dactivated)
-    swiglu.backward_into(scratch.dgate_up, scratch.dactivated, saved.gate_up)
-    rmsnorm.normed_into(scratch.normed, saved.mid, layer.norm_3, rrms[2])
-    accumulate_outer(dlayer.gate_up, scratch.dgate_up, scratch.normed, scratch.outer)
-    np.matmul(scratch.dgate_up, layer.gate_up, out=dout)
-    rmsnorm.backward_into(dx, dlayer.norm_3, dout, saved.mid, layer.norm_3, rrms[2], True)
-
-    # mid = x + norm_2(attention_out(attention(rope(qkv(norm_1(x))))))
-    rmsnorm.backward_into(dout, dlayer.norm_2, dx, saved.attention_out, layer.norm_2, rrms[1], False)
-    accumulate_outer(dlayer.attention_out, dout, saved.attention, scratch.outer)
-    np.matmul(dout, layer.attention_out, out=scratch.dattention)
+    for block in scratch.blocks():
+        _mix_backward(dx[block], dlayer, layer, block, saved, scratch)
     q, k, v = split_heads(config, saved.qkv, place)
     dq, dk, dv = split_heads(config, scratch.dqkv, place)
-    channels = config.head_dim
     attention.attend_backward_into(
         dq,
         dk,
         dv,
-        _heads(scratch.dattention, place, channels),
+        _heads(scratch.dattention, place, config.head_dim),
         q,
         k,
         v,
         place.start,
-        _heads(saved.attention, place, channels),
+        _heads(saved.attention, place, config.head_dim),
         _heads(saved.lse, place, 1)[..., 0],
-        (scratch.scores, scratch.dscores),
+        scratch.attention,
     )
+    for block in scratch.blocks():
+        _project_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch, place)
+
+
+def _mix_backward(
+    dx: Floats, dlayer: LayerWeights, layer: LayerWeights, block: slice, saved: Activations, scratch: Scratch
+) -> None:
+    """From the gradient of `out` to those of `mid` (in dx) and of `attention`, some rows."""
+    products, rrms, rows = scratch.products, saved.rrms[:, block], len(dx)
+    dout, normed, activated = scratch.dout[:rows], scratch.normed[:rows], scratch.activated[:rows]
+    dactivated, dgate_up = scratch.dactivated[:rows], scratch.dgate_up[:rows]
+    gate_up, mid = saved.gate_up[block], saved.mid[block]
+    rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out[block], layer.norm_4, rrms[3], False)
+    swiglu.forward_into(activated, gate_up)
+    products.accumulate_dweight(dlayer.down, dout, activated)
+    products.dx_into(dactivated, dout, layer.down)
+    swiglu.backward_into(dgate_up, dactivated, gate_up)
+    rmsnorm.normed_into(normed, mid, layer.norm_3, rrms[2])
+    products.accumulate_dweight(dlayer.gate_up, dgate_up, normed)
+    products.dx_into(dout, dgate_up, layer.gate_up)
+    rmsnorm.backward_into(dx, dlayer.norm_3, dout, mid, layer.norm_3, rrms[2], True)
+    rmsnorm.backward_into(dout, dlayer.norm_2, dx, saved.attention_out[block], layer.norm_2, rrms[1], False)
+    products.accumulate_dweight(dlayer.attention_out, dout, saved.attention[block])
+    products.dx_into(scratch.dattention[block], dout, layer.attention_out)
+
+
+def _project_backward(
+    dx: Floats,
+    dlayer: LayerWeights,
+    layer: LayerWeights,
+    config: ModelConfig,
+    x: Floats,
+    block: slice,
+    saved: Activations,
+    scratch: Scratch,
+    place: Placement,
+) -> None:
+    """From the gradients of q, k and v to that of x, added to dx; some rows."""
+    products, rrms, rows = scratch.products, saved.rrms[0, block], len(dx)
+    dout, normed, dqkv = scratch.dout[:rows], scratch.normed[:rows], scratch.dqkv[block]
     turned = config.num_attention_heads + config.num_key_value_heads
-    every_head = scratch.dqkv.reshape(place.position.size, -1, channels)
-    rope.rotate_in_place(every_head, turned, place.position, place.cos, place.sin, np.float32(-1.0))
-    rmsnorm.normed_into(scratch.normed, x, layer.norm_1, rrms[0])
-    accumulate_outer(dlayer.qkv, scratch.dqkv, scratch.normed, scratch.outer)
-    np.matmul(scratch.dqkv, layer.qkv, out=dout)
-    rmsnorm.backward_into(dx, dlayer.norm_1, dout, x, layer.norm_1, rrms[0], True)
+    every_head = dqkv.reshape(rows, -1, config.head_dim)
+    rope.rotate_in_place(every_head, turned, place.position[block], place.cos, place.sin, np.float32(-1.0))
+    rmsnorm.normed_into(normed, x, layer.norm_1, rrms)
+    products.accumulate_dweight(dlayer.qkv, dqkv, normed)
+    products.dx_into(dout, dqkv, layer.qkv)
+    rmsnorm.backward_into(dx, dlayer.norm_1, dout, x, layer.norm_1, rrms, True)

@@ -93,6 +93,29 @@ class RunFolder:
             file.flush()
             yield
 
+    def write_meta(self, origin: list[dict[str, Any]], bytes_per_token: float | None, ranks: int) -> None:
+        """Where the tokens come from, and how many ranks the settings' batch_size was meant for, if several."""
+        meta: dict[str, Any] = {"origin": origin, "bytes_per_token": bytes_per_token}
+        write_text(self.data / "meta.json", json.dumps(meta | ({"ranks": ranks} if ranks > 1 else {})) + "\n")
+
+    def read_meta(self) -> dict[str, Any]:
+        """Keys `origin`, `bytes_per_token` and `ranks`.  Raises: CheckpointError if it is missing or damaged."""
+        path = self.data / "meta.json"
+        try:
+            meta = {"ranks": 1, **json.loads(path.read_text(encoding="utf-8"))}
+            if meta.keys() >= {"origin", "bytes_per_token"} and type(meta["ranks"]) is int and meta["ranks"] > 0:
+                return meta
+            raise ValueError("a key is missing, or of another kind")
+        except (OSError, ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} is missing or damaged", "train anew") from error
+
+    def step_of_model(self) -> int | None:
+        """The step whose weights the model folder holds; None if there is no whole one."""
+        try:
+            return int(json.loads((self.model / "looplm.json").read_text(encoding="utf-8"))["steps"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None
+
     def save_state(self, weights: Floats, first_moment: Floats, second_moment: Floats, meta: Mapping[str, Any]) -> None:
         """Everything a resumed run needs, in one file: three flat buffers, and what JSON can hold (exactly).
 

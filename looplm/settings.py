@@ -19,6 +19,9 @@ from .errors import ConfigError
 
 Values = dict[str, dict[str, Any]]  # section -> key -> value, as YAML gives it
 
+RECOMPUTE = ("none", "loop", "layer")  # less memory and more time from left to right; the same bits
+PRECISIONS = ("fp32", "bf16", "auto")
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class InitConfig:
@@ -30,8 +33,7 @@ class InitConfig:
     weight_std: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.scheme not in ("damped", "ouro"):
-            raise ConfigError(f"init.scheme={self.scheme!r} is not known", "use damped or ouro")
+        _one_of(self, "init", "scheme", ("damped", "ouro"))
         _positive(self, "init", "post_norm", "embedding_std", "weight_std")
 
 
@@ -53,11 +55,8 @@ class DataConfig:
         if not 0.0 < self.val_fraction < 1.0:
             raise ConfigError(f"data.val_fraction={self.val_fraction} is outside (0, 1)", "use e.g. 0.1")
         if self.vocab_size < 0 or 0 < self.vocab_size < 257:
-            raise ConfigError(
-                f"data.vocab_size={self.vocab_size} is too small", "256 bytes and one special token need at least 257"
-            )
-        if self.errors not in ("strict", "replace", "ignore"):
-            raise ConfigError(f"data.errors={self.errors!r} is not known", "use strict, replace or ignore")
+            raise ConfigError(f"data.vocab_size={self.vocab_size} is too small", "256 bytes + a special token need 257")
+        _one_of(self, "data", "errors", ("strict", "replace", "ignore"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,13 +84,14 @@ class TrainConfig:
     checkpoint_seconds: float = 20.0
     threads: int = 0  # 0: one per processor core
     dtype: str = "float32"  # how the model folder stores weights; bfloat16 halves it
+    recompute: str = "auto"  # what backward computes again: none, loop, layer; auto: the first that fits into memory
+    precision: str = "auto"  # of the matrix products: fp32, bf16; auto: bf16 where that is clearly quicker
+    kernels: str = ""  # path of the matrix products; empty: the quickest, as measured
 
     def __post_init__(self) -> None:
         _positive(self, "train", "batch_size", "learning_rate", "adam_eps", "eval_tokens", "checkpoint_seconds")
-        for name in ("steps", "minutes", "warmup_steps", "weight_decay", "clip", "entropy_weight", "seed", "threads"):
-            _not_negative(self, "train", name)
-        _not_negative(self, "train", "eval_every")
-        _not_negative(self, "train", "checkpoint_every")
+        _not_negative(self, "train", "steps", "minutes", "warmup_steps", "weight_decay", "clip", "entropy_weight")
+        _not_negative(self, "train", "seed", "threads", "eval_every", "checkpoint_every")
         if self.seq_len < 2:
             raise ConfigError(f"train.seq_len={self.seq_len} is too short", "use at least 2 positions")
         if not self.steps and not self.minutes:
@@ -99,8 +99,9 @@ class TrainConfig:
         for name in ("beta1", "beta2"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ConfigError(f"train.{name}={getattr(self, name)} is outside [0, 1)", "use e.g. 0.9 and 0.95")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ConfigError(f"train.dtype={self.dtype!r} is not known", "use float32 or bfloat16")
+        _one_of(self, "train", "dtype", ("float32", "bfloat16"))
+        _one_of(self, "train", "recompute", (*RECOMPUTE, "auto"))
+        _one_of(self, "train", "precision", PRECISIONS)
         if not 0.0 <= self.min_lr_ratio <= 1.0:
             raise ConfigError(f"train.min_lr_ratio={self.min_lr_ratio} is outside [0, 1]", "use e.g. 0.1")
 
@@ -206,9 +207,8 @@ def load_yaml(path: str | pathlib.Path) -> dict[str, Any]:
         first_line = " ".join(str(error).split())
         raise ConfigError(f"{path} is not YAML: {first_line}", "write sections with `key: value` lines") from error
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"{path} holds {type(values).__name__}, not sections", f"top level: {', '.join(SECTIONS)} or preset"
-        )
+        hint = f"top level: {', '.join(SECTIONS)} or preset"
+        raise ConfigError(f"{path} holds {type(values).__name__}, not sections", hint)
     return values
 
 
@@ -289,6 +289,12 @@ def _positive(config: Any, where: str, *names: str) -> None:
             raise ConfigError(f"{where}.{name}={getattr(config, name)} is not positive", "use a value above 0")
 
 
-def _not_negative(config: Any, where: str, name: str) -> None:
-    if not getattr(config, name) >= 0:
-        raise ConfigError(f"{where}.{name}={getattr(config, name)} is negative", "use 0 or more")
+def _not_negative(config: Any, where: str, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) >= 0:
+            raise ConfigError(f"{where}.{name}={getattr(config, name)} is negative", "use 0 or more")
+
+
+def _one_of(config: Any, where: str, name: str, known: tuple[str, ...]) -> None:
+    if (value := getattr(config, name)) not in known:
+        raise ConfigError(f"{where}.{name}={value!r} is not known", f"use {', '.join(known[:-1])} or {known[-1]}")

@@ -6,15 +6,13 @@ threaded product).
 """
 
 import concurrent.futures
-import ctypes
 import functools
 import itertools
 import os
-import pathlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
+from .kernels.product.blas import limit_blas_threads
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -23,30 +21,6 @@ Result = TypeVar("Result")
 def available_threads() -> int:
     """Processor cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _blas_libraries() -> Iterator[pathlib.Path]:
-    package = pathlib.Path(np.__file__).parent
-    for folder in (package.parent / "numpy.libs", package / ".dylibs"):
-        yield from sorted(folder.glob("*openblas*"))
-
-
-@functools.cache
-def _blas_setter() -> Callable[[int], object] | None:
-    for path in _blas_libraries():
-        library = ctypes.CDLL(str(path))
-        for name in ("scipy_openblas_set_num_threads64_", "scipy_openblas_set_num_threads"):
-            if hasattr(library, name):
-                return getattr(library, name)
-    return None
-
-
-def limit_blas_threads(threads: int = 1) -> bool:
-    """Hold NumPy's bundled OpenBLAS to so many threads; False if it is another BLAS."""
-    setter = _blas_setter()
-    if setter is not None:
-        setter(threads)
-    return setter is not None
 
 
 @functools.cache

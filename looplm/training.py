@@ -1,7 +1,11 @@
 """Stage I: train the whole model on the expected loss over loops.  A generator of reports; nothing is printed.
 
 Every step is a pure function of (state, seed, step): batches are drawn from the step's number, so a run that was
-killed and resumed gives the same losses bit for bit, for a fixed number of threads.
+killed and resumed gives the same losses bit for bit, for a fixed number of threads and ranks.
+
+Several ranks share the rows of every batch: N ranks with batch_size B train as one rank with batch_size N * B does, but
+for rounding.  Gradients are summed once per step; every rank then does the same update, so weights and moments are
+never exchanged and yet the same bits on all.
 """
 
 import dataclasses
@@ -15,10 +19,13 @@ import numpy as np
 from .analysis import Evaluation, evaluate
 from .arrays import Floats, aligned_empty
 from .data import Batch
-from .errors import TrainingError
+from .errors import ConfigError, TrainingError
+from .gradient import GradientReport, GradientWorkspace, gradient
 from .kernels import adamw_update, gradient_norm
-from .model import GradientWorkspace, gradient
+from .kernels.product.select import Path, choose
+from .memory import choose_recompute
 from .objectives import StageOne, entropy, log_prior
+from .ranks import ALONE, Ranks, share
 from .settings import TrainConfig
 from .threads import available_threads
 from .weights import Weights, parameter_table
@@ -31,7 +38,7 @@ UNSETTLED_STEPS = 200  # what the learning rate takes for the number of steps un
 
 
 class Source(Protocol):
-    """Where batches come from: a text or a task."""
+    """Where batches come from: a text or a task.  A batch holds the rows of all ranks."""
 
     @property
     def bytes_per_token(self) -> float | None: ...
@@ -41,7 +48,7 @@ class Source(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """One optimizer update; losses in nats per token, `step` counts updates done."""
+    """One optimizer update, over the rows of all ranks; losses in nats per token, `step` counts updates done."""
 
     step: int
     total_steps: int
@@ -85,6 +92,17 @@ def learning_rate(config: TrainConfig, step: int, total_steps: int) -> float:
     done = min(1.0, step / max(1, total_steps))
     cosine = config.min_lr_ratio + (1.0 - config.min_lr_ratio) * 0.5 * (1.0 + math.cos(math.pi * done))
     return config.learning_rate * min(1.0, (step + 1) / warmup) * cosine
+
+
+def product_path(config: TrainConfig) -> Path:
+    """Who multiplies: the path that the settings name, or the fastest here of their precision.
+
+    Raises: ConfigError if there is no such path, or it has another precision.
+    """
+    try:
+        return choose(config.precision, config.kernels)
+    except LookupError as error:
+        raise ConfigError(f"train.kernels: {error.args[0]}", "leave it out to use the fastest here") from error
 
 
 class Optimizer:
@@ -138,11 +156,17 @@ def decay_segments(weights: Weights) -> list[tuple[slice, bool]]:
 
 
 class Trainer:
-    """Weights, optimizer and progress of one Stage I run; set `progress` and moments to go on from a checkpoint."""
+    """Weights, optimizer and progress of one Stage I run; set `progress` and moments to go on from a checkpoint.
 
-    def __init__(self, weights: Weights, source: Source, config: TrainConfig) -> None:
-        self.weights, self.source, self.config = weights, source, config
-        self.threads = config.threads or available_threads()
+    Every rank has a trainer of its own, with the same weights; `source` gives batch_size rows for each of them.
+    """
+
+    def __init__(self, weights: Weights, source: Source, config: TrainConfig, ranks: Ranks = ALONE) -> None:
+        self.weights, self.source, self.config, self.ranks = weights, source, config, ranks
+        self.threads = config.threads or max(1, available_threads() // ranks.sharing)
+        self.path = product_path(config)
+        held = weights.contiguous().nbytes
+        self.recompute = choose_recompute(weights.config, config, self.threads, self.path, held, ranks.sharing)
         self.progress = Progress()
         self.optimizer = Optimizer(weights, config)
         loops = weights.config.total_ut_steps
@@ -163,7 +187,7 @@ class Trainer:
         return self.config.eval_every or max(MIN_EVAL_STEPS, self.total_steps // 10)
 
     def run(self) -> Iterator[Report]:
-        """Update until all steps are done, evaluating now and then.  Stop early by leaving the loop.
+        """Update until all steps are done, evaluating now and then.  Stop early by leaving the loop, on every rank.
 
         Raises: TrainingError when loss or gradient are no longer numbers; weights are those of the step before.
         """
@@ -178,11 +202,13 @@ class Trainer:
     def step(self) -> StepReport:
         """One optimizer update."""
         config, progress, began = self.config, self.progress, time.perf_counter()
-        batch = self.source.batch(progress.step)
+        batch = self._own_rows(self.source.batch(progress.step))
         if self._workspace is None:
             rows, length = batch.input_ids.shape
-            self._workspace = GradientWorkspace(self.weights.config, rows, length, self.threads)
+            shape = (self.weights.config, rows, length, self.threads)
+            self._workspace = GradientWorkspace(*shape, self.recompute, self.path)
         found = gradient(self.weights, self._workspace, batch.input_ids, batch.target, self._objective, batch.start)
+        found = self._over_ranks(found, self._workspace.total.contiguous())
         mean = 1.0 / max(1, found.tokens)
         # the losses too: a gate that is no number gives none of them a share in the objective
         if not math.isfinite(total := found.objective + float(found.loss.sum())):
@@ -190,6 +216,8 @@ class Trainer:
         rate = learning_rate(config, progress.step, self.total_steps)
         norm = self.optimizer.update(self._workspace.total.contiguous(), progress.step + 1, rate)
         spent = time.perf_counter() - began
+        if config.minutes:
+            spent = self.ranks.broadcast(spent)  # all must settle on the same number of steps
         progress.step += 1
         progress.tokens += found.tokens
         progress.seconds += spent
@@ -213,13 +241,36 @@ class Trainer:
         """Held-out losses, exit law and early exits; of all held-out data, or of about `max_tokens` of it."""
         max_batches = None
         if max_tokens is not None:
-            max_batches = max(1, max_tokens // (self.config.batch_size * self.config.seq_len))
-        batches = self.source.validation(max_batches)
-        return evaluate(self.weights, batches, bytes_per_token=self.source.bytes_per_token, threads=self.threads)
+            rows = self.config.batch_size * self.ranks.size
+            max_batches = max(1, max_tokens // (rows * self.config.seq_len))
+        batches = map(self._own_rows, self.source.validation(max_batches))
+        found = evaluate(
+            self.weights,
+            (batch for batch in batches if len(batch.input_ids)),
+            bytes_per_token=self.source.bytes_per_token,
+            threads=self.threads,
+        )
+        return found if self.ranks.size == 1 else mean_over_ranks(found, self.ranks)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint stores besides weights and moments."""
-        return {**dataclasses.asdict(self.progress), "threads": self.threads}
+        session = {"threads": self.threads, "kernels": self.path.name}
+        session |= {"ranks": self.ranks.size} if self.ranks.size > 1 else {}
+        return {**dataclasses.asdict(self.progress), **session}
+
+    def _own_rows(self, batch: Batch) -> Batch:
+        return batch.rows(share(self.ranks, len(batch.input_ids)))
+
+    def _over_ranks(self, found: GradientReport, grad: Floats) -> GradientReport:
+        """The report on the rows of all ranks; `grad` becomes the gradient of the mean over all their positions."""
+        if self.ranks.size == 1:
+            return found
+        sums = self.ranks.sum_small([found.tokens, found.objective, *found.loss, *found.exit_prob])
+        loss, exit_prob = np.split(np.array(sums[2:]), 2)
+        # each rank has divided by the positions it counts itself: its weight in the mean is its share of them
+        np.multiply(grad, np.float32(found.tokens / max(1.0, sums[0])), out=grad)
+        self.ranks.sum_in_place(grad)
+        return GradientReport(objective=sums[1], loss=loss, exit_prob=exit_prob, tokens=int(sums[0]))
 
     def _settle_total_steps(self, spent: float) -> None:
         """With a budget in minutes: as many steps as fit, from the first ones timed; stop where that was too many.
@@ -243,6 +294,17 @@ class Trainer:
         elif used > MEASURED_SHARE * budget:
             left = BUDGET_SHARE * budget - used
             progress.total_steps = progress.step + max(0, int(left / float(np.median(self._step_seconds))))
+
+
+def mean_over_ranks(found: Evaluation, ranks: Ranks) -> Evaluation:
+    """An evaluation of all ranks' rows from each rank's own; thresholds are not asked for in training."""
+    means = (found.loss, found.accuracy, found.exit_prob, found.hazard)
+    sums = ranks.sum_small([found.tokens, *(found.tokens * np.concatenate(means))])
+    borders = np.cumsum([len(mean) for mean in means])[:-1]
+    loss, accuracy, exit_prob, hazard = np.split(np.array(sums[1:]) / max(1.0, sums[0]), borders)
+    return dataclasses.replace(
+        found, tokens=int(sums[0]), loss=loss, accuracy=accuracy, exit_prob=exit_prob, hazard=hazard
+    )
 
 
 def _diverged(what: str, value: float, step: int) -> TrainingError:

@@ -2,15 +2,18 @@
 
 The state file is the truth to resume from; the model folder beside it is written from the same weights at the same
 moment, for everything else to open.
+
+Of several ranks the first alone reads the corpus and writes into the folder, which all must see; each reads the tokens
+there.  batch_size in config.yaml is that of one rank, and meta.json says of how many: a run may go on with another
+number of ranks, each then taking more or fewer of the same rows.
 """
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -22,12 +25,15 @@ from .config import ModelConfig
 from .corpus import corpus_kind
 from .data import TextSource, load_tokens, prepare_text, save_tokens
 from .errors import CheckpointError
+from .memory import choose_recompute
 from .objectives import log_prior
+from .ranks import ALONE, Ranks, first_does
 from .run_folder import RunFolder
 from .settings import RunConfig, from_yaml, to_yaml
 from .tasks.hops import HopsSource
 from .text import Tokenizer, tokenizer_config_json
-from .training import EvalReport, Progress, Report, StepReport, Trainer
+from .threads import available_threads
+from .training import EvalReport, Progress, Report, StepReport, Trainer, product_path
 from .weights import Weights, initialise, parameter_count
 
 Source = TextSource | HopsSource
@@ -49,12 +55,21 @@ class TrainingRun:
     def weights(self) -> Weights:
         return self.trainer.weights
 
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes."""
+        return self.trainer.ranks.rank == 0
+
     def reports(self) -> Iterator[Report]:
-        """Train to the end, saving and logging on the way.  Leave the loop to stop; then `save()` what was reached."""
+        """Train to the end, saving and logging on the way.  Leave the loop to stop; then `save()` what was reached.
+
+        All ranks get the same reports, and must leave the loop at the same one.
+        """
         train, saved_at = self.config.train, time.monotonic()
         settled = self.trainer.progress.total_steps > 0
         for report in self.trainer.run():
-            self.folder.append_log(_log_line(report))
+            if self.first:
+                self.folder.append_log(_log_line(report))
             if isinstance(report, EvalReport):
                 if report.final:
                     self.save()  # a run that was killed between its last state and its model folder
@@ -72,9 +87,9 @@ class TrainingRun:
             yield report
 
     def save(self) -> None:
-        """Write state and model folder for the present step, unless that is done already."""
+        """Write state and model folder for the present step, unless that is done already or another rank's to do."""
         trainer = self.trainer
-        if self.saved_step == trainer.progress.step:
+        if not self.first or self.saved_step == trainer.progress.step:
             return
         optimizer = trainer.optimizer
         self.folder.save_state(
@@ -112,13 +127,58 @@ class TrainingRun:
 
 
 @contextlib.contextmanager
-def start_run(config: RunConfig, out_dir: pathlib.Path) -> Iterator[TrainingRun]:
+def start_run(config: RunConfig, out_dir: pathlib.Path, ranks: Ranks = ALONE) -> Iterator[TrainingRun]:
     """A new run: corpus read, tokenizer trained, weights initialised, and all that a resumed run needs written.
 
     Other trainings are kept out of the folder while the block runs.
 
     Raises: LoopLMError for anything wrong with settings, corpus or folder; the first two before a file is written.
     """
+    with contextlib.ExitStack() as held:
+        yield _on_all(ranks, lambda: _started(config, out_dir, ranks, held))
+
+
+@contextlib.contextmanager
+def resume_run(path: pathlib.Path, threads: int = 0, ranks: Ranks = ALONE) -> Iterator[TrainingRun]:
+    """A run as of its last checkpoint, or of its start if it was killed before the first.
+
+    It goes on with the number of threads it had unless another is asked for.  Other trainings are kept out of the
+    folder while the block runs.
+
+    Raises: CheckpointError if there is nothing to go on from, or its rows do not divide among the ranks.
+    """
+    with contextlib.ExitStack() as held:
+        yield _on_all(ranks, lambda: _reopened(path, threads, ranks, held))
+
+
+def _on_all(ranks: Ranks, make: Callable[[], TrainingRun]) -> TrainingRun:
+    """The run as rank 0 makes it; the others get settings, weights, moments and progress from there."""
+    made: list[TrainingRun] = []
+
+    def outline() -> tuple[pathlib.Path, RunConfig, Progress]:
+        run = make()
+        made.append(run)
+        return run.folder.path, run.config, run.trainer.progress
+
+    path, config, progress = first_does(ranks, outline)
+    if made:
+        run = made[0]
+    else:
+        folder = RunFolder(path)
+        if not folder.config.exists():
+            raise CheckpointError(
+                f"rank {ranks.rank} does not see {folder.config}, which rank 0 does",
+                "put the run on a file system that all machines share, under one path",
+            )
+        run = _assemble(folder, config, Weights.zeros(config.model_config()), ranks)
+        run.trainer.progress = progress
+    optimizer = run.trainer.optimizer
+    for buffer in (run.weights.contiguous(), optimizer.first_moment, optimizer.second_moment):
+        ranks.broadcast_in_place(buffer)
+    return run
+
+
+def _started(config: RunConfig, out_dir: pathlib.Path, ranks: Ranks, held: contextlib.ExitStack) -> TrainingRun:
     corpus = list(config.data.corpus)
     if corpus_kind(corpus) == "text":
         prepared = prepare_text(config.data, config.train.seq_len)
@@ -128,44 +188,49 @@ def start_run(config: RunConfig, out_dir: pathlib.Path) -> Iterator[TrainingRun]
     model = config.model_config(**_token_settings(config, tokenizer))
     log_prior(config.train.prior, model.total_ut_steps)
     config = dataclasses.replace(config, model=_shape_settings(model))
+    settled = _settled(config, ranks)
     folder = RunFolder.create(out_dir)
-    with folder.lock():
-        RunFolder.create(out_dir)  # again: another training may have been quicker
-        if bytes_per_token is not None:
-            save_tokens(folder.data / "train.npy", prepared.train_ids)
-            save_tokens(folder.data / "val.npy", prepared.val_ids)
-        write_text(folder.data / "tokenizer.json", tokenizer.json)
-        write_text(folder.data / "meta.json", json.dumps({"origin": origin, "bytes_per_token": bytes_per_token}) + "\n")
-        write_text(folder.config, to_yaml(config))  # last: a folder that has it can be resumed
-        yield _assemble(folder, config, initialise(model, config.init, config.train.seed))
+    held.enter_context(folder.lock())
+    RunFolder.create(out_dir)  # again: another training may have been quicker
+    if bytes_per_token is not None:
+        save_tokens(folder.data / "train.npy", prepared.train_ids)
+        save_tokens(folder.data / "val.npy", prepared.val_ids)
+    write_text(folder.data / "tokenizer.json", tokenizer.json)
+    folder.write_meta(origin, bytes_per_token, ranks.size)
+    write_text(folder.config, to_yaml(config))  # last: a folder that has it can be resumed
+    return _assemble(folder, settled, initialise(model, config.init, config.train.seed), ranks)
 
 
-@contextlib.contextmanager
-def resume_run(path: pathlib.Path, threads: int = 0) -> Iterator[TrainingRun]:
-    """A run as of its last checkpoint, or of its start if it was killed before the first.
+def _settled(config: RunConfig, ranks: Ranks) -> RunConfig:
+    """What the settings leave to this machine, decided: how many threads, who multiplies, what is computed again.
 
-    It goes on with the number of threads it had unless another is asked for.  Other trainings are kept out of the
-    folder while the block runs.
-
-    Raises: CheckpointError if there is nothing to go on from.
+    Raises: ConfigError if the training will not fit into memory.
     """
+    train = config.train
+    threads, path = train.threads or max(1, available_threads() // ranks.sharing), product_path(train)
+    recompute = choose_recompute(config.model_config(), train, threads, path, sharing=ranks.sharing)
+    return _with(config, threads=threads, kernels=path.name, recompute=recompute)
+
+
+def _reopened(path: pathlib.Path, threads: int, ranks: Ranks, held: contextlib.ExitStack) -> TrainingRun:
     folder = RunFolder.open(path)
-    with folder.lock():
-        config = from_yaml(folder.config)
-        run = _resumed(folder, config, threads) if folder.state.exists() else _restarted(folder, config, threads)
-        folder.truncate_log(run.trainer.progress.step)
-        yield run
+    held.enter_context(folder.lock())
+    config = _split_anew(from_yaml(folder.config), folder.read_meta()["ranks"], ranks.size)
+    resume = _resumed if folder.state.exists() else _restarted
+    run = resume(folder, config, threads, ranks)
+    folder.truncate_log(run.trainer.progress.step)
+    return run
 
 
-def _restarted(folder: RunFolder, config: RunConfig, threads: int) -> TrainingRun:
-    config = _with_threads(config, threads or config.train.threads)
-    return _assemble(folder, config, initialise(config.model_config(), config.init, config.train.seed))
+def _restarted(folder: RunFolder, config: RunConfig, threads: int, ranks: Ranks) -> TrainingRun:
+    config = _settled(_with(config, threads=threads or config.train.threads), ranks)
+    return _assemble(folder, config, initialise(config.model_config(), config.init, config.train.seed), ranks)
 
 
-def _resumed(folder: RunFolder, config: RunConfig, threads: int) -> TrainingRun:
+def _resumed(folder: RunFolder, config: RunConfig, threads: int, ranks: Ranks) -> TrainingRun:
     flat, first_moment, second_moment, meta = folder.load_state()
     try:
-        used = int(meta.pop("threads"))
+        used, among, kernels = int(meta.pop("threads")), int(meta.pop("ranks", 1)), str(meta.pop("kernels"))
         progress = Progress(**meta)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder.state} is not the state of a training", "train anew") from error
@@ -175,37 +240,44 @@ def _resumed(folder: RunFolder, config: RunConfig, threads: int) -> TrainingRun:
             f"{folder.state} holds {flat.size} parameters, config.yaml asks for {parameter_count(model)}",
             "config.yaml was changed: put it back, or train anew",
         )
-    run = _assemble(folder, _with_threads(config, threads or used), Weights.from_flat(model, flat))
+    config = _with(config, threads=threads or (used if among == ranks.size else 0), kernels=kernels)
+    config = _settled(config, ranks)
+    run = _assemble(folder, config, Weights.from_flat(model, flat), ranks)
     run.trainer.optimizer.first_moment[:] = first_moment
     run.trainer.optimizer.second_moment[:] = second_moment
     run.trainer.progress = progress
-    if _step_of_model(folder) == progress.step:
+    if folder.step_of_model() == progress.step:
         run.saved_step = progress.step
     return run
 
 
-def _with_threads(config: RunConfig, threads: int) -> RunConfig:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, threads=threads))
+def _split_anew(config: RunConfig, began: int, size: int) -> RunConfig:
+    """The rows of a step, first shared by `began` ranks, shared by `size`.
+
+    Raises: CheckpointError if they do not divide evenly.
+    """
+    each = config.train.batch_size
+    rows = began * each
+    if rows % size:
+        fitting = ", ".join(str(n) for n in range(1, rows + 1) if rows % n == 0)
+        raise CheckpointError(
+            f"a step of this run takes {rows} rows ({began} {'rank' if began == 1 else 'ranks'} x {each}), "
+            f"which {size} ranks cannot share evenly",
+            f"resume it by `mpiexec -n N`, with N one of {fitting}",
+        )
+    return config if size == began else _with(config, batch_size=rows // size)
 
 
-def _step_of_model(folder: RunFolder) -> int | None:
-    """The step whose weights the model folder holds; None if there is no whole one."""
-    try:
-        return int(json.loads((folder.model / "looplm.json").read_text(encoding="utf-8"))["steps"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+def _with(config: RunConfig, **train: Any) -> RunConfig:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train))
 
 
-def _assemble(folder: RunFolder, config: RunConfig, weights: Weights) -> TrainingRun:
-    path = folder.data / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        origin, bytes_per_token = meta["origin"], meta["bytes_per_token"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{path} is missing or damaged", "train anew") from error
+def _assemble(folder: RunFolder, config: RunConfig, weights: Weights, ranks: Ranks) -> TrainingRun:
+    meta = folder.read_meta()
     tokenizer = Tokenizer.from_file(folder.data / "tokenizer.json")
-    source = _source(folder, config, bytes_per_token)
-    return TrainingRun(folder, config, tokenizer, source, Trainer(weights, source, config.train), origin)
+    source = _source(folder, _with(config, batch_size=config.train.batch_size * ranks.size), meta["bytes_per_token"])
+    trainer = Trainer(weights, source, config.train, ranks)
+    return TrainingRun(folder, config, tokenizer, source, trainer, meta["origin"])
 
 
 def _source(folder: RunFolder, config: RunConfig, bytes_per_token: float) -> Source:

@@ -4,9 +4,11 @@ The flat buffer makes the optimizer, the gradient norm and a checkpoint one loop
 `parameter_table`; q, k and v lie side by side, and so do gate and up, so that each group is one matrix product.
 """
 
+import copy
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -89,6 +91,16 @@ class LayerWeights:
     norm_4: Floats  # D, after the MLP
 
 
+LAYER_MATRICES = ("qkv", "attention_out", "gate_up", "down")
+
+
+def matrix_shapes(config: ModelConfig) -> list[tuple[int, int]]:
+    """Shapes N x K of the matrices that rows are multiplied by: those of a layer, and the head."""
+    width, ff, query = config.hidden_size, config.intermediate_size, config.num_attention_heads * config.head_dim
+    qkv = query + 2 * config.num_key_value_heads * config.head_dim
+    return [(qkv, width), (width, query), (2 * ff, width), (width, ff), (config.vocab_size, width)]
+
+
 class Weights:
     """The tensors of one model (or their gradients, or an optimizer's moments: the same shape)."""
 
@@ -136,6 +148,21 @@ class Weights:
         flat = aligned_empty((parameter_count(config),))
         flat[:] = 0.0
         return cls.from_flat(config, flat)
+
+    def with_matrices(self, packed: Callable[[str, Floats], Any]) -> "Weights":
+        """The same weights with `packed(name, matrix)` in the place of every matrix that rows are multiplied by.
+
+        Names are "head" and, for each layer, its number and field: "0.qkv".  The embedding is only looked up in.
+        """
+        other = copy.copy(self)
+        other.head = packed("head", self.head)
+        other.layers = tuple(
+            dataclasses.replace(
+                layer, **{name: packed(f"{index}.{name}", getattr(layer, name)) for name in LAYER_MATRICES}
+            )
+            for index, layer in enumerate(self.layers)
+        )
+        return other
 
     def copy(self) -> "Weights":
         """The same values in a fresh, writable flat buffer."""

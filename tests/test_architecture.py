@@ -26,7 +26,7 @@ ROOMS = {  # room -> what its files may import besides the standard library
     "cli/looplm_cli": {"typer", "rich", "numpy", "yaml", "looplm", "looplm_reference", "looplm_fixtures", "looplm_cli"},
 }
 COMPILERS = {"numba", "llvmlite"}
-MAY_COMPILE = {"looplm/kernels/jit.py", "looplm/kernels/intrinsics.py"}
+MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("jit", "intrinsics", "vectors")}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
     "errors": set(),
     "arrays": set(),

@@ -1,4 +1,4 @@
-"""`looplm info`: what a model folder holds, and what the machine offers."""
+"""`looplm info`: what a model folder holds, what the machine offers, and what a training would take."""
 
 import json
 import pathlib
@@ -8,6 +8,8 @@ import pytest
 
 from looplm.model_files import open_model
 from looplm.safetensors_file import TensorFile
+from looplm.settings import run_config
+from looplm.weights import parameter_count
 from model_folders import (
     random_weights,
     save,
@@ -69,6 +71,62 @@ def test_info_describes_the_machine(
     assert code == 0
     assert "runs/x/model" in output
     assert np.__version__ in output
+
+
+def test_info_predicts_the_memory_of_a_training(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from looplm import memory
+    from looplm.kernels.product.select import PATHS
+
+    settings = ("--set", "train.seq_len=32", "--set", "model.num_hidden_layers=3", "--threads", "2")
+    code, output, _ = run_info(capsys, "--train", "--preset", "tiny", *settings, "--json")
+    report = json.loads(output.splitlines()[-1])
+    assert code == 0
+    config = run_config("tiny", {"train": {"seq_len": 32}, "model": {"num_hidden_layers": 3}})
+    model = config.model_config(vocab_size=report["vocab_size"])
+    assert report["parameters"] == parameter_count(model)
+    assert (report["batch_size"], report["seq_len"], report["threads"], report["loops"]) == (16, 32, 2, 4)
+    for mode, parts in report["parts"].items():
+        expected = memory.predicted_peak(model, 16, 32, 2, mode, PATHS["panels"])
+        assert parts | {"process": 0} == expected | {"process": 0}  # which may have grown since
+        assert report["peak"][mode] == sum(parts.values())
+    assert list(report["peak"]) == ["none", "loop", "layer"]
+    assert report["available"] > report["peak"]["none"]
+    assert (report["recompute"], report["auto"]) == ("auto", "none")
+
+    peak = report["peak"]["layer"]
+    for available, shown in ((None, "unknown"), (10 * peak, "GiB, of which"), (peak, "too large; lower")):
+        monkeypatch.setattr(memory, "available_memory", lambda available=available: available)
+        code, output, _ = run_info(capsys, "--train", "--preset", "tiny", *settings)
+        assert code == 0
+        assert shown in output
+        assert "batches of 16 x 32" in output
+
+
+@pytest.mark.parametrize(
+    ("settings", "vocab_size"),
+    [
+        ((), 512),
+        (("data.tokenizer=bytes",), 257),
+        (("data.vocab_size=4000",), 4000),
+        (("data.corpus=builtin:hops",), 11),
+        (("data.corpus=builtin:hops", "model.vocab_size=99"), 99),
+    ],
+)
+def test_info_takes_the_vocabulary_that_training_would(
+    settings: tuple[str, ...], vocab_size: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, output, _ = run_info(capsys, "--train", *(f"--set={setting}" for setting in settings), "--json")
+    assert json.loads(output.splitlines()[-1])["vocab_size"] == vocab_size
+
+
+@pytest.mark.parametrize("arguments", [("--train", "-m", "x"), ("--preset", "tiny"), ("--threads", "2")])
+def test_info_is_about_one_thing(arguments: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    code, output, error = run_info(capsys, *arguments)
+    assert (code, output) == (2, "")
+    assert "--train" in error
+    assert len(error.splitlines()) == 2
 
 
 def test_info_says_in_two_lines_what_is_wrong(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:

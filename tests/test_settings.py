@@ -121,6 +121,8 @@ def test_a_wrong_type_is_refused(layer: dict[str, Any], message: str) -> None:
         ({"train": {"seq_len": 1}}, "train.seq_len=1 is too short", "2"),
         ({"train": {"beta1": 1.0}}, "train.beta1=1.0 is outside [0, 1)", ""),
         ({"train": {"dtype": "float16"}}, "train.dtype='float16' is not known", "use float32 or bfloat16"),
+        ({"train": {"recompute": "all"}}, "train.recompute='all' is not known", "use none, loop, layer or auto"),
+        ({"train": {"precision": "fp16"}}, "train.precision='fp16' is not known", "use fp32, bf16 or auto"),
         ({"train": {"min_lr_ratio": 1.1}}, "train.min_lr_ratio=1.1 is outside [0, 1]", ""),
         ({"data": {"val_fraction": 0}}, "data.val_fraction=0.0 is outside (0, 1)", "0.1"),
         ({"data": {"val_fraction": 1}}, "data.val_fraction=1.0 is outside (0, 1)", "0.1"),
@@ -153,6 +155,14 @@ def test_whole_numbers_become_floats_and_numbers_become_text_where_the_field_say
     assert (config.train.clip, type(config.train.clip)) == (2.0, float)
     assert config.train.prior == "1"
     assert config.data.corpus == ("a.txt",)
+
+
+def test_how_products_and_backward_run_is_left_to_the_machine_unless_it_is_said() -> None:
+    train = run_config("nano").train
+    assert (train.recompute, train.precision, train.kernels) == ("auto", "auto", "")
+    given = parse_settings(["train.recompute=none", "train.precision=fp32", "train.kernels=blas"])
+    train = run_config("nano", given).train
+    assert (train.recompute, train.precision, train.kernels) == ("none", "fp32", "blas")
 
 
 def test_set_reads_yaml_values() -> None:
@@ -233,7 +243,10 @@ def test_yaml_round_trip(tmp_path: pathlib.Path) -> None:
             "model": {"hidden_size": 64, "total_ut_steps": 2, "tie_word_embeddings": True, "rope_theta": "1e6"},
             "init": {"scheme": "ouro", "weight_std": 0.1},
             "data": {"corpus": ["ä.txt", "builtin:python-topics"], "errors": "replace"},
-            "train": {"learning_rate": 1e-5, "prior": "0.5,0.5", "seed": 2**70, "minutes": 0.25},
+            "train": {
+                **{"learning_rate": 1e-5, "prior": "0.5,0.5", "seed": 2**70, "minutes": 0.25},
+                **{"recompute": "none", "precision": "bf16", "kernels": "some-path"},
+            },
         },
     )
     path = tmp_path / "config.yaml"

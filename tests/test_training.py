@@ -275,7 +275,7 @@ def test_what_starting_costs_is_not_charged_in_any_session(monkeypatch: pytest.M
     for _ in range(31):
         first.step()
     second = budgeted(1.0)
-    second.progress = training.Progress(**{k: v for k, v in first.state().items() if k != "threads"})
+    second.progress = dataclasses.replace(first.progress)
     settled = first.progress.total_steps
     reports = steps_of(second.run())
     assert reports[-1].step == reports[-1].total_steps == settled

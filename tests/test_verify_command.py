@@ -13,8 +13,10 @@ import pytest
 import looplm_fixtures
 from in_process import looplm, report_of
 from looplm.checkpoint import read_tensors
+from looplm.kernels.product.select import PATHS
 from looplm.safetensors_file import write_tensors
 from looplm_cli import engine_candidate, verification
+from looplm_reference import bfloat16
 from looplm_reference.model import LoopLM
 from looplm_reference.mutants import MODEL_MUTANTS, OP_MUTANTS, ModelMutant
 
@@ -62,18 +64,24 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
     assert [section["name"] for section in report["sections"]] == [
         "operations",
         "operation mutants",
+        "products",
         "model",
         "model mutants",
+        "training",
+        "bf16 mutants",
     ]
-    operations, op_mutants, model, model_mutants = report["sections"]
-    assert all(check["comparisons"] == len(check["rows"]) > 0 for check in operations["checks"] + model["checks"])
-    assert all(mutant["caught"] and mutant["by"] for mutant in op_mutants["mutants"] + model_mutants["mutants"])
+    checks = [check for section in report["sections"] for check in section.get("checks", [])]
+    mutants = [mutant for section in report["sections"] for mutant in section.get("mutants", [])]
+    assert all(check["comparisons"] == len(check["rows"]) > 0 for check in checks)
+    assert all(mutant["caught"] and mutant["by"] for mutant in mutants)
+    assert {check["name"].split()[0] for check in checks} >= set(PATHS)
     assert {pathlib.Path(folder["folder"]).name for folder in report["folders"]} == {
         folder.name for folder in looplm_fixtures.folders()
     }
-    compared = sum(check["comparisons"] for check in operations["checks"] + model["checks"])
+    compared = sum(check["comparisons"] for check in checks)
     compared += sum(len(folder["rows"]) for folder in report["folders"])
-    assert f"{compared} comparisons pass, {len(OP_MUTANTS) + len(MODEL_MUTANTS)} mutants caught" in text
+    assert f"{compared} comparisons pass, {len(mutants)} mutants caught" in text
+    assert len(mutants) == len(OP_MUTANTS) + len(MODEL_MUTANTS) + len(bfloat16.MUTANTS)
 
 
 def test_a_fixture_folder_passes_row_by_row() -> None:

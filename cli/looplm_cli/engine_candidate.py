@@ -11,6 +11,8 @@ from looplm.calibration import Gate, gate_gradient
 from looplm.config import model_config_from_json
 from looplm.exits import LearnedGate, exit_index
 from looplm.generation import Session
+from looplm.gradient import GradientWorkspace, gradient
+from looplm.kernels.product.select import PATHS, Path
 from looplm.objectives import StageOne, StageTwo
 from looplm.settings import TrainConfig
 from looplm.training import Optimizer
@@ -26,9 +28,12 @@ class EngineCandidate:
 
     name = "engine"
 
-    def __init__(self, threads: int = 1, prefill: int = 0) -> None:
+    def __init__(
+        self, threads: int = 1, prefill: int = 0, path: Path = PATHS["panels"], recompute: str = "none"
+    ) -> None:
         self.threads = threads
         self.prefill = prefill  # positions that `cached_hidden` feeds at once before it goes on one by one
+        self.path, self.recompute = path, recompute  # of training steps
         self._latest: tuple[Any, Weights] | None = None
 
     def _weights(self, tensors: Tensors, config: Config) -> Weights:
@@ -66,11 +71,14 @@ class EngineCandidate:
     ) -> dict[str, Any]:
         weights = self._weights(tensors, config)
         batch, length = input_ids.shape
-        workspace = model.GradientWorkspace(weights.config, batch, length, self.threads)
-        report = model.gradient(weights, workspace, input_ids, target, self._stage1(weights, entropy_weight), start)
+        workspace = self._workspace(weights, batch, length)
+        report = gradient(weights, workspace, input_ids, target, self._stage1(weights, entropy_weight), start)
         loss = model.forward(weights, input_ids, start=start, threads=self.threads).token_loss(target)
         objective = report.objective / max(1, report.tokens)
         return {"loss": loss, "objective": objective, "grads": workspace.total.tensors}
+
+    def _workspace(self, weights: Weights, batch: int, length: int) -> GradientWorkspace:
+        return GradientWorkspace(weights.config, batch, length, self.threads, self.recompute, self.path)
 
     def _stage1(self, weights: Weights, entropy_weight: float) -> StageOne:
         return StageOne(entropy_weight, np.zeros(weights.config.total_ut_steps, np.float32))
@@ -145,10 +153,10 @@ class EngineCandidate:
         )
         optimizer = Optimizer(weights, how)
         _, batch, length = batches.shape
-        workspace = model.GradientWorkspace(weights.config, batch, length, self.threads)
+        workspace = self._workspace(weights, batch, length)
         objective, losses = self._stage1(weights, settings["entropy_weight"]), []
         for step, ids in enumerate(batches, 1):
-            report = model.gradient(weights, workspace, ids, next_token(ids), objective)
+            report = gradient(weights, workspace, ids, next_token(ids), objective)
             losses.append(report.objective / report.tokens)
             optimizer.update(workspace.total.contiguous(), step, settings["learning_rate"])
         return np.array(losses)

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
-MODEL, LOOPS, SAMPLING, TRAINING, OUTPUT = "Model", "Loops", "Sampling", "Training", "Output"  # panels of --help
+# Panels of --help.
+MODEL, LOOPS, SAMPLING, TRAINING = "Model", "Loops", "Sampling", "Training"
+MACHINE, OUTPUT = "Machine", "Output"
 
 
 def finite(value: Any) -> Any:
@@ -115,7 +117,9 @@ ErrorsOption = Annotated[
 ]
 ThreadsOption = Annotated[
     int | None,
-    typer.Option("--threads", min=1, show_default="all cores", help="Processor threads to use.", rich_help_panel=MODEL),
+    typer.Option(
+        "--threads", min=1, show_default="all cores", help="Processor threads to use.", rich_help_panel=MACHINE
+    ),
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="End with one line of JSON on stdout.", rich_help_panel=OUTPUT)

@@ -9,7 +9,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -51,6 +51,23 @@ def print_error(message: str, hint: str = "") -> None:
     _labelled("error", "bold red", message)
     if hint:
         _labelled("hint", "bold", hint)
+
+
+def print_help(usage: str, text: str, listed: Mapping[str, Sequence[tuple[str, str]]]) -> None:
+    """Usage, explanation (with markup), and a frame of names and their meaning per title, on stdout."""
+    from rich.padding import Padding
+    from rich.panel import Panel
+    from rich.table import Table
+
+    width = min(stdout().width, 100)
+    stdout().print(Padding(f"{usage}\n\n{text}", 1), width=width)
+    for title, entries in listed.items():
+        table = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+        table.add_column(style="bold cyan", no_wrap=True)
+        table.add_column()
+        for name, meaning in entries:
+            table.add_row(name, meaning)
+        stdout().print(Panel(table, title=title, title_align="left", border_style="dim"), width=width)
 
 
 def print_warning(message: str) -> None:

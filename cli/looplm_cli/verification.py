@@ -6,6 +6,7 @@ Nothing is decided here: numbers come from the engine, verdicts from looplm_refe
 import dataclasses
 import math
 import pathlib
+import types
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -14,8 +15,11 @@ import numpy as np
 from looplm import kernels
 from looplm.checkpoint import load_model
 from looplm.errors import VerificationError
+from looplm.kernels.linear import linear_on
+from looplm.kernels.product.select import PATHS, Path
+from looplm.settings import RECOMPUTE
 from looplm_cli.engine_candidate import EngineCandidate
-from looplm_reference import contract, fixture, fixture_judge, judge, mutants
+from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops
 from looplm_reference.contract import Row
 from looplm_reference.model import LoopLM
 
@@ -53,8 +57,11 @@ def sections(threads: int) -> list[Section]:
     return [
         Section("operations", "compiled kernels against the float64 reference, forward and backward", _operations()),
         Section("operation mutants", "mistakes made in one kernel on purpose", _op_mutants(), mutants=True),
+        Section("products", "matrix products on every path, forward and backward", _products()),
         Section("model", "the whole engine against the reference, array by array", _model(threads)),
         Section("model mutants", "mistakes made in the whole model on purpose", _model_mutants(), mutants=True),
+        Section("training", "every gradient, on every path, with and without recomputation", _training(threads)),
+        Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
     ]
 
 
@@ -65,6 +72,42 @@ def _compared(name: str, rows: list[Row]) -> Check:
 def _operations() -> Iterator[Check]:
     for name in contract.OPS:
         yield _compared(name, [row for dims in contract.DIMS for row in contract.check(kernels, name, dims)])
+
+
+# More rows, and longer sums, than any block of a product holds; none of them a multiple of a tile.
+LARGE_PRODUCT = {"B": 2, "S": 550, "D": 805, "F": 53}
+
+
+def _products() -> Iterator[Check]:
+    for path in PATHS.values():
+        forward, backward = linear_on(path)
+        candidate = types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
+        truth = bfloat16.linear if path.precision == "bf16" else ops
+        every = (*contract.DIMS, LARGE_PRODUCT)
+        rows = [row for dims in every for row in contract.check(candidate, "linear", dims, truth=truth)]
+        yield _compared(path_name(path), rows)
+
+
+def path_name(path: Path) -> str:
+    """A path as the report calls it, with what it has to do without."""
+    without = f", without {', '.join(path.missing())}" if path.missing() else ""
+    return f"{path.name} ({path.precision}{without})"
+
+
+def _training(threads: int) -> Iterator[Check]:
+    for path in PATHS.values():
+        rounding = path.precision == "bf16"
+        tolerance, truth = (bfloat16.TOLERANCE, bfloat16.Bfloat16LoopLM) if rounding else (judge.TOLERANCE, LoopLM)
+        for recompute in RECOMPUTE:
+            candidate = EngineCandidate(threads, path=path, recompute=recompute)
+            rows = list(judge.compare_gradients(candidate, tolerance, truth))
+            yield _compared(f"{path_name(path)}, recompute {recompute}", rows)
+
+
+def _bfloat16_mutants() -> Iterator[Check]:
+    for name, (products, in_model) in bfloat16.MUTANTS.items():
+        rows = [row for row in bfloat16.first_failures(products, in_model) if row is not None]
+        yield Check(name, len(rows) == 1 + in_model, rows)
 
 
 def _op_mutants() -> Iterator[Check]:

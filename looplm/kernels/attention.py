@@ -1,77 +1,245 @@
 """Causal attention with grouped key/value heads: forward and backward.
 
-Query blocks keep the scores small: memory grows with the number of keys, never with its square.  BLAS multiplies,
-compiled kernels do the softmax.  A few queries at a time (decoding) take a kernel of their own, where the calls would
-cost more than the arithmetic.
+Scores of a few dozen queries are alive at once, never their square.  Keys and values of a head are packed for the
+register tile, which does all seven products; each tile of queries stops at the last key that it sees.
+A few queries at a time (decoding) take a kernel of their own, where packing would cost more than the arithmetic.
 """
 
 import numpy as np
 
-from ..arrays import Array, Floats, Ints
+from ..arrays import Floats, Ints
 from .intrinsics import exp32
 from .jit import njit
+from .vectors import TILE_COLUMNS, TILE_ROWS, scale_eight, scale_one, tile, transpose_eight
 
-QUERY_BLOCK = 128  # queries whose scores are alive at once
-FEW_QUERIES = 4  # up to so many, the one-call kernel wins over block products
+QUERY_BLOCK = 48  # queries whose scores are alive at once: a multiple of every tile's rows
+FEW_QUERIES = 4  # up to so many, the one-call kernel wins
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _LOWEST = np.float32(-3.0e38)
 
 
-@njit(inline="always")
-def _visible(row, first_key, last):
-    """The scores of keys first_key .. last; all others in the row become 0."""
-    end = max(last + 1, first_key)
-    row[:first_key] = _ZERO
-    row[end:] = _ZERO
-    return row[first_key:end]
+@njit
+def _up(value, unit):
+    return (value + unit - 1) // unit * unit
 
 
 @njit
-def _softmax_in_place(scores, lse, first_key, diagonal, scale):
-    """scores: HSP, in place; query s sees keys first_key .. diagonal + s.  A query before first_key gets zeros."""
-    for head in range(scores.shape[0]):
-        for s in range(scores.shape[1]):
-            seen = _visible(scores[head, s], first_key, diagonal + s)
-            if not seen.size:
-                lse[s, head] = _ZERO
-                continue
-            highest = _LOWEST
-            for j in range(seen.size):
-                highest = max(highest, seen[j])
-            highest *= scale
-            total = _ZERO
-            for j in range(seen.size):
-                weight = exp32(seen[j] * scale - highest)
-                seen[j] = weight
-                total += weight
-            inverse = _ONE / total
-            for j in range(seen.size):
-                seen[j] *= inverse
-            lse[s, head] = highest + np.log(total)
+def _cut(buffer, size):
+    return buffer[:size], buffer[size:]
 
 
 @njit
-def _probabilities_again(scores, lse, first_key, diagonal, scale):
-    """scores: HSP -> softmax probabilities in place, from the saved log-sum-exp."""
-    for head in range(scores.shape[0]):
-        for s in range(scores.shape[1]):
-            seen, shift = _visible(scores[head, s], first_key, diagonal + s), lse[s, head]
-            for j in range(seen.size):
-                seen[j] = exp32(seen[j] * scale - shift)
+def _scale_row(into, into_at, source, source_at, count, factor):
+    """`count` numbers times `factor`.  Plain loops would ask at every row whether the two overlap: 10 ns each."""
+    for c in range(0, count - 7, 8):
+        scale_eight(into, into_at + c, source, source_at + c, factor)
+    for c in range(count // 8 * 8, count):
+        scale_one(into, into_at + c, source, source_at + c, factor)
 
 
 @njit
-def _score_gradient(dscores, prob, dy, y, scale):
-    """dscores: HSP holds dy @ v.T; becomes p * (dy @ v.T - dy . y) * scale.  dy, y: SHK."""
-    for head in range(prob.shape[0]):
-        for s in range(prob.shape[1]):
-            dot = _ZERO
-            for i in range(dy.shape[2]):
-                dot += dy[s, head, i] * y[s, head, i]
-            p, d = prob[head, s], dscores[head, s]
-            for j in range(p.size):
-                d[j] = p[j] * (d[j] - dot) * scale
+def _pack_rows(into, width, x, factor):
+    """into: rows of `width` from x: rows x K times `factor`; zeros beyond K and in what is left of the last tile."""
+    rows, channels = x.shape
+    step = x.strides[0] // 4
+    for i in range(rows):
+        _scale_row(into, i * width, x, i * step, channels, factor)
+        for c in range(channels, width):
+            into[i * width + c] = _ZERO
+    into[rows * width : _up(rows, TILE_ROWS) * width] = _ZERO
+
+
+@njit
+def _unpack_rows(x, rows, width, factor):
+    """x: rows x K from `rows` of `width`, times `factor`."""
+    step = x.strides[0] // 4
+    for i in range(x.shape[0]):
+        _scale_row(x, i * step, rows, i * width, x.shape[1], factor)
+
+
+@njit
+def _pack_columns(panels, x):
+    """panels: for each TILE_COLUMNS rows of x: PK their transpose, K x TILE_COLUMNS; rows beyond the last are zero."""
+    rows, channels = x.shape
+    step = x.strides[0] // 4
+    for first in range(0, rows, 8):
+        at = first // TILE_COLUMNS * TILE_COLUMNS * channels + first % TILE_COLUMNS
+        if first + 8 <= rows:
+            for c in range(0, channels - 7, 8):
+                transpose_eight(panels, at + c * TILE_COLUMNS, TILE_COLUMNS, x, first * step + c, step)
+            for c in range(channels // 8 * 8, channels):
+                for lane in range(8):
+                    panels[at + c * TILE_COLUMNS + lane] = x[first + lane, c]
+        else:
+            for c in range(channels):
+                for lane in range(8):
+                    panels[at + c * TILE_COLUMNS + lane] = x[first + lane, c] if first + lane < rows else _ZERO
+    for first in range(_up(rows, 8), _up(rows, TILE_COLUMNS), 8):
+        at = first // TILE_COLUMNS * TILE_COLUMNS * channels + first % TILE_COLUMNS
+        for c in range(channels):
+            panels[at + c * TILE_COLUMNS : at + c * TILE_COLUMNS + 8] = _ZERO
+
+
+@njit
+def _pack_panels(panels, x, padded):
+    """panels: for each TILE_COLUMNS channels of x: PK, `padded` rows x TILE_COLUMNS; zeros beyond K."""
+    rows, channels = x.shape
+    step = x.strides[0] // 4
+    for first in range(0, channels, TILE_COLUMNS):
+        width = min(TILE_COLUMNS, channels - first)
+        for i in range(rows):
+            at = first * padded + i * TILE_COLUMNS
+            _scale_row(panels, at, x, i * step + first, width, _ONE)
+            for c in range(width, TILE_COLUMNS):
+                panels[at + c] = _ZERO
+
+
+@njit
+def _products(into, stride, left, width, channels, panels, count, rows, diagonal):
+    """into[i, j] = left[i] . key j, tile by tile, up to the last key that some row of the tile sees."""
+    for i in range(0, rows, TILE_ROWS):
+        seen = min(diagonal + i + TILE_ROWS, count)
+        for j in range(0, seen, TILE_COLUMNS):
+            tile(
+                left, i * width, width, 1, panels, j * channels, TILE_COLUMNS, into, i * stride + j, stride, channels, 0
+            )
+
+
+@njit
+def _weighted(into, width, weight, stride, panels, padded_keys, count, rows, diagonal):
+    """into[i] = sum of weight[i, j] * row j of the panels over the keys that the tile sees."""
+    for i in range(0, rows, TILE_ROWS):
+        seen, row = min(diagonal + i + TILE_ROWS, count), i * stride
+        for c in range(0, width, TILE_COLUMNS):
+            panel, place = c * padded_keys, i * width + c
+            tile(weight, row, stride, 1, panels, panel, TILE_COLUMNS, into, place, width, seen, 0)
+
+
+@njit
+def _collect(into, width, weight, stride, right, rows, keys, diagonal):
+    """into[j] += sum of weight[i, j] * right[i] over the block's queries that see key j."""
+    for j in range(0, keys, TILE_ROWS):
+        first = max(0, j - diagonal)  # queries before it see none of the tile's keys
+        if first < rows:
+            column, count = first * stride + j, rows - first
+            for c in range(0, width, TILE_COLUMNS):
+                line, place = first * width + c, j * width + c
+                tile(weight, column, 1, stride, right, line, width, into, place, width, count, 1)
+
+
+@njit
+def _attend(y, lse, q, k, v, keys, start, buffer):
+    batch, queries, heads, channels = q.shape
+    groups = k.shape[2]
+    per_group = heads // groups
+    scale = np.float32(1.0 / np.sqrt(channels))
+    padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
+    stride = padded_keys + TILE_COLUMNS  # a power of two would put a column of scores into one cache set
+    key_panels, rest = _cut(buffer, padded_keys * channels)
+    value_panels, rest = _cut(rest, padded_keys * padded_channels)
+    q_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
+    out, scores = _cut(rest, QUERY_BLOCK * padded_channels)
+    for b in range(batch):
+        first_key = start[b]
+        for group in range(groups):
+            _pack_columns(key_panels, k[b, :keys, group])
+            _pack_panels(value_panels, v[b, :keys, group], padded_keys)
+            for head in range(group * per_group, (group + 1) * per_group):
+                for begin in range(0, queries, QUERY_BLOCK):
+                    rows = min(QUERY_BLOCK, queries - begin)
+                    diagonal = keys - queries + begin  # the last key that the block's first query sees
+                    block = slice(begin, begin + rows)
+                    _pack_rows(q_rows, padded_channels, q[b, block, head], scale)
+                    _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
+                    for i in range(rows):
+                        row = scores[i * stride : (i + 1) * stride]
+                        tile_end = min(diagonal + i // TILE_ROWS * TILE_ROWS + TILE_ROWS, keys)
+                        last = diagonal + i
+                        if last < first_key:
+                            row[:tile_end] = _ZERO
+                            lse[b, begin + i, head] = _ZERO
+                            q_rows[i] = _ZERO
+                            continue
+                        row[:first_key] = _ZERO
+                        row[last + 1 : tile_end] = _ZERO
+                        seen = row[first_key : last + 1]
+                        highest = _LOWEST
+                        for j in range(seen.size):
+                            highest = max(highest, seen[j])
+                        total = _ZERO
+                        for j in range(seen.size):
+                            weight = exp32(seen[j] - highest)
+                            seen[j] = weight
+                            total += weight
+                        lse[b, begin + i, head] = highest + np.log(total)
+                        q_rows[i] = _ONE / total  # the rows of q have been used: their place holds the divisors
+                    _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
+                    target = y[b, block, head]
+                    step = target.strides[0] // 4
+                    for i in range(rows):
+                        _scale_row(target, i * step, out, i * padded_channels, channels, q_rows[i])
+
+
+@njit
+def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
+    batch, queries, heads, channels = q.shape
+    keys, groups = k.shape[1], k.shape[2]
+    per_group = heads // groups
+    scale = np.float32(1.0 / np.sqrt(channels))
+    padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
+    stride = padded_keys + TILE_COLUMNS
+    key_columns, rest = _cut(buffer, padded_keys * channels)
+    value_columns, rest = _cut(rest, padded_keys * channels)
+    key_panels, rest = _cut(rest, padded_keys * padded_channels)
+    dkey, rest = _cut(rest, (padded_keys + TILE_ROWS) * padded_channels)  # a last tile may reach beyond the last key
+    dvalue, rest = _cut(rest, (padded_keys + TILE_ROWS) * padded_channels)
+    q_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
+    dy_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
+    out, rest = _cut(rest, QUERY_BLOCK * padded_channels)
+    prob, dscores = _cut(rest, QUERY_BLOCK * stride)
+    for b in range(batch):
+        first_key = start[b]
+        for group in range(groups):
+            _pack_columns(key_columns, k[b, :, group])
+            _pack_columns(value_columns, v[b, :, group])
+            _pack_panels(key_panels, k[b, :, group], padded_keys)
+            dkey[:] = _ZERO
+            dvalue[:] = _ZERO
+            for head in range(group * per_group, (group + 1) * per_group):
+                for begin in range(0, queries, QUERY_BLOCK):
+                    rows = min(QUERY_BLOCK, queries - begin)
+                    diagonal = keys - queries + begin
+                    block = slice(begin, begin + rows)
+                    _pack_rows(q_rows, padded_channels, q[b, block, head], scale)
+                    _pack_rows(dy_rows, padded_channels, dy[b, block, head], _ONE)
+                    _products(prob, stride, q_rows, padded_channels, channels, key_columns, keys, rows, diagonal)
+                    _products(dscores, stride, dy_rows, padded_channels, channels, value_columns, keys, rows, diagonal)
+                    for i in range(rows):
+                        p, d = prob[i * stride : (i + 1) * stride], dscores[i * stride : (i + 1) * stride]
+                        last = diagonal + i
+                        block_end = min(diagonal + rows, keys) + TILE_ROWS
+                        seen = max(last + 1, first_key)
+                        p[:first_key] = _ZERO
+                        d[:first_key] = _ZERO
+                        p[seen:block_end] = _ZERO
+                        d[seen:block_end] = _ZERO
+                        dot, shift = _ZERO, lse[b, begin + i, head]
+                        dy_row, y_row = dy[b, begin + i, head], y[b, begin + i, head]
+                        for c in range(channels):
+                            dot += dy_row[c] * y_row[c]
+                        p, d = p[first_key:seen], d[first_key:seen]
+                        for j in range(p.size):
+                            weight = exp32(p[j] - shift)
+                            p[j] = weight
+                            d[j] = weight * (d[j] - dot)
+                    _weighted(out, padded_channels, dscores, stride, key_panels, padded_keys, keys, rows, diagonal)
+                    _unpack_rows(dq[b, block, head], out, padded_channels, scale)
+                    seen = min(diagonal + rows, keys)
+                    _collect(dkey, padded_channels, dscores, stride, q_rows, rows, seen, diagonal)
+                    _collect(dvalue, padded_channels, prob, stride, dy_rows, rows, seen, diagonal)
+            _unpack_rows(dk[b, :, group], dkey, padded_channels, _ONE)
+            _unpack_rows(dv[b, :, group], dvalue, padded_channels, _ONE)
 
 
 @njit
@@ -109,39 +277,31 @@ def _attend_few(y, lse, q, k, v, keys, start, scores):
                 lse[b, s, head] = highest + np.log(total)
 
 
-def score_buffer_size(queries: int, keys: int, heads: int) -> int:
-    """Elements `scores` must have in `attend_into` and in `attend_backward_into`."""
-    return heads * min(queries, QUERY_BLOCK) * keys
+def forward_buffer_size(keys: int, channels: int) -> int:
+    """Elements `attend_into` needs for up to so many keys."""
+    padded_keys, padded_channels = _padded(keys, channels)
+    per_key, per_query = channels + padded_channels, 2 * padded_channels + padded_keys + TILE_COLUMNS
+    return padded_keys * per_key + QUERY_BLOCK * per_query
 
 
-def _by_group(x: Array, groups: int) -> Array:
-    """SHK -> G x (H/G) x S x K, a view."""
-    queries, heads, channels = x.shape
-    return x.reshape(queries, groups, heads // groups, channels).transpose(1, 2, 0, 3)
+def backward_buffer_size(keys: int, channels: int) -> int:
+    """Elements `attend_backward_into` needs for so many keys."""
+    padded_keys, padded_channels = _padded(keys, channels)
+    per_key = 2 * channels + 3 * padded_channels
+    per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS)
+    return padded_keys * per_key + 2 * TILE_ROWS * padded_channels + QUERY_BLOCK * per_query
+
+
+def _padded(keys: int, channels: int) -> tuple[int, int]:
+    return -(-keys // TILE_COLUMNS) * TILE_COLUMNS, -(-channels // TILE_COLUMNS) * TILE_COLUMNS
 
 
 def attend_into(
-    y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, keys: int, start: Ints, scores: Floats
+    y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, keys: int, start: Ints, buffer: Floats
 ) -> None:
-    """y: BSHK and lse: BSH from q: BSHK and the first `keys` positions of k, v: BPGK.
-
-    q, k and v may be views into one projection; whole cache slots keep the one-call kernel on contiguous memory.
-    """
-    batch, queries, heads, channels = q.shape
-    groups = k.shape[2]
-    if queries <= FEW_QUERIES:
-        _attend_few(y, lse, q, k, v, keys, start, scores)
-        return
-    scale = np.float32(channels**-0.5)
-    for b in range(batch):
-        for begin in range(0, queries, QUERY_BLOCK):
-            block = slice(begin, min(begin + QUERY_BLOCK, queries))
-            rows, seen = block.stop - begin, keys - queries + block.stop
-            part = scores[: heads * rows * seen].reshape(heads, rows, seen)
-            grouped = part.reshape(groups, heads // groups, rows, seen)
-            np.matmul(_by_group(q[b, block], groups), k[b, :seen].transpose(1, 2, 0)[:, None], out=grouped)
-            _softmax_in_place(part, lse[b, block], start[b], keys - queries + begin, scale)
-            np.matmul(grouped, v[b, :seen].transpose(1, 0, 2)[:, None], out=_by_group(y[b, block], groups))
+    """y: BSHK and lse: BSH from q: BSHK and the first `keys` positions of k, v: BPGK; all may be views."""
+    few = q.shape[1] <= FEW_QUERIES
+    (_attend_few if few else _attend)(y, lse, q, k, v, keys, start, buffer)
 
 
 def attend_backward_into(
@@ -155,40 +315,16 @@ def attend_backward_into(
     start: Ints,
     y: Floats,
     lse: Floats,
-    scores: tuple[Floats, Floats],
+    buffer: Floats,
 ) -> None:
     """Overwrites dq: BSHK, dk, dv: BPGK; probabilities are computed again from `lse`, block by block."""
-    batch, queries, heads, channels = q.shape
-    keys, groups = k.shape[1], k.shape[2]
-    scale = np.float32(channels**-0.5)
-    for b in range(batch):
-        for begin in range(0, queries, QUERY_BLOCK):
-            block = slice(begin, min(begin + QUERY_BLOCK, queries))
-            rows, seen = block.stop - begin, keys - queries + block.stop
-            prob, dscores = (buffer[: heads * rows * seen].reshape(heads, rows, seen) for buffer in scores)
-            grouped = (groups, heads // groups, rows, seen)
-            p, d = prob.reshape(grouped), dscores.reshape(grouped)
-            q_block, dy_block = _by_group(q[b, block], groups), _by_group(dy[b, block], groups)
-            np.matmul(q_block, k[b, :seen].transpose(1, 2, 0)[:, None], out=p)
-            _probabilities_again(prob, lse[b, block], start[b], keys - queries + begin, scale)
-            np.matmul(dy_block, v[b, :seen].transpose(1, 2, 0)[:, None], out=d)
-            _score_gradient(dscores, prob, dy[b, block], y[b, block], scale)
-            np.matmul(d, k[b, :seen].transpose(1, 0, 2)[:, None], out=_by_group(dq[b, block], groups))
-            whole = begin == 0 and block.stop == queries  # one block covers every key: nothing to add up
-            for into, left, right in ((dk, d, q_block), (dv, p, dy_block)):
-                target = into[b, :seen].transpose(1, 0, 2)
-                if whole and heads == groups:
-                    np.matmul(left[:, 0].swapaxes(1, 2), right[:, 0], out=target)
-                    continue
-                if begin == 0:
-                    into[b] = 0.0
-                target += np.matmul(left.swapaxes(2, 3), right).sum(1)
+    _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer)
 
 
 def attention_forward(q: Floats, k: Floats, v: Floats, start: Ints) -> tuple[Floats, Floats]:
     y, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
-    scores = np.empty(max(k.shape[1], score_buffer_size(q.shape[1], k.shape[1], q.shape[2])), q.dtype)
-    attend_into(y, lse, q, k, v, k.shape[1], start, scores)
+    buffer = np.empty(forward_buffer_size(k.shape[1], q.shape[3]), q.dtype)
+    attend_into(y, lse, q, k, v, k.shape[1], start, buffer)
     return y, lse
 
 
@@ -196,6 +332,6 @@ def attention_backward(
     dy: Floats, q: Floats, k: Floats, v: Floats, start: Ints, y: Floats, lse: Floats
 ) -> tuple[Floats, Floats, Floats]:
     dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    size = score_buffer_size(q.shape[1], k.shape[1], q.shape[2])
-    attend_backward_into(dq, dk, dv, dy, q, k, v, start, y, lse, (np.empty(size, q.dtype), np.empty(size, q.dtype)))
+    buffer = np.empty(backward_buffer_size(k.shape[1], q.shape[3]), q.dtype)
+    attend_backward_into(dq, dk, dv, dy, q, k, v, start, y, lse, buffer)
     return dq, dk, dv

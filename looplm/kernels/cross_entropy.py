@@ -24,16 +24,30 @@ def loss_into(loss, lse, logits, target):
 
 
 @njit
-def gradient_into(dlogits, dloss, logits, target, lse):
-    """dlogits may be logits itself."""
+def loss_and_gradient_in_place(loss, logits, dloss, target):
+    """Logits become their gradient: one exponential an element serves both passes.
+
+    In place on purpose: of two arrays that turn out to be the same, the loop would run one element at a time.
+    """
     for row in range(logits.shape[0]):
+        values = logits[row]
         if target[row] < 0:
-            dlogits[row, :] = _ZERO
+            loss[row] = _ZERO
+            values[:] = _ZERO
             continue
-        scale, shift = dloss[row], lse[row]
-        for i in range(logits.shape[1]):
-            dlogits[row, i] = scale * exp32(logits[row, i] - shift)
-        dlogits[row, target[row]] -= scale
+        highest, wanted = values[0], values[target[row]]
+        for i in range(values.size):
+            highest = max(highest, values[i])
+        total = _ZERO
+        for i in range(values.size):
+            weight = exp32(values[i] - highest)
+            values[i] = weight
+            total += weight
+        loss[row] = highest + np.log(total) - wanted
+        scale = dloss[row] / total
+        for i in range(values.size):
+            values[i] *= scale
+        values[target[row]] -= dloss[row]
 
 
 def _rows(x: Floats) -> Floats:
@@ -47,6 +61,6 @@ def cross_entropy_forward(logits: Floats, target: Ints) -> tuple[Floats, Floats]
 
 
 def cross_entropy_backward(dloss: Floats, logits: Floats, target: Ints, lse: Floats) -> tuple[Floats]:
-    dlogits = np.empty_like(logits)
-    gradient_into(_rows(dlogits), dloss.reshape(-1), _rows(logits), target.reshape(-1), lse.reshape(-1))
+    dlogits, loss = logits.copy(), np.empty(target.size, logits.dtype)
+    loss_and_gradient_in_place(loss, _rows(dlogits), dloss.reshape(-1), target.reshape(-1))
     return (dlogits,)

@@ -5,6 +5,7 @@ A hash of all kernel sources in the cache folder's name rules that out; where no
 compiled anew in every process.
 """
 
+import functools
 import hashlib
 import os
 import pathlib
@@ -68,13 +69,18 @@ def kernels_are_cached() -> bool:
     return _CACHE is not None and any(pathlib.Path(_CACHE).rglob("*.nbi"))
 
 
+@functools.cache
+def features() -> frozenset[str]:
+    """Instruction sets that compiled code may use: the processor's, or what NUMBA_CPU_FEATURES leaves of them."""
+    given = _CONFIG.CPU_FEATURES
+    if given is None and _CONFIG.CPU_NAME is None:
+        return frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
+    return frozenset(part[1:] for part in (given or "").split(",") if part.startswith("+"))
+
+
 def processor() -> dict[str, Any]:
     """Name and instruction-set features of this processor, as the compiler sees them."""
-    features = llvmlite.binding.get_host_cpu_features()
-    return {
-        "name": llvmlite.binding.get_host_cpu_name(),
-        "features": sorted(name for name, present in features.items() if present),
-    }
+    return {"name": _CONFIG.CPU_NAME or llvmlite.binding.get_host_cpu_name(), "features": sorted(features())}
 
 
 def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never") -> Any:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..arrays import Floats, Ints
 from .jit import njit
+from .vectors import turn_eight, turn_one
 
 
 @functools.lru_cache(maxsize=8)
@@ -18,16 +19,16 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Floats, Fl
 
 @njit
 def rotate_in_place(x, heads, position, cos, sin, sign):
-    """The first `heads` heads of x: NHK, position: N.  sign = 1 turns forward, -1 back (the gradient)."""
-    half = x.shape[2] // 2
+    """The first `heads` heads of x: NHK (contiguous), position: N.  sign = 1 turns forward, -1 back (the gradient)."""
+    channels, half = x.shape[2], x.shape[2] // 2
     for row in range(x.shape[0]):
-        c, s = cos[position[row]], sin[position[row]]
+        angles = position[row] * half
         for head in range(heads):
-            low, high = x[row, head, :half], x[row, head, half:]
-            for i in range(half):
-                a, b, turn = low[i], high[i], sign * s[i]
-                low[i] = a * c[i] - b * turn
-                high[i] = b * c[i] + a * turn
+            low = (row * x.shape[1] + head) * channels
+            for i in range(0, half - 7, 8):
+                turn_eight(x, low + i, low + half + i, cos, sin, angles + i, sign)
+            for i in range(half // 8 * 8, half):
+                turn_one(x, low + i, low + half + i, cos, sin, angles + i, sign)
 
 
 def _rotated(x: Floats, position: Ints, theta: float, sign: float) -> tuple[Floats]:

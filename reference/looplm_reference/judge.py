@@ -5,7 +5,7 @@ Three small random models are enough: sizes differ from each other, norms are fa
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -164,7 +164,7 @@ def random_tensors(config: Config, seed: int = 0) -> dict[str, Array]:
 class _Trial:
     """One random model, its inputs, and what the reference answers."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, truth: Callable[..., LoopLM]) -> None:
         self.config, self.tensors = config, random_tensors(config)
         # With this seed no gradient cancels to nearly nothing; that of the gate's bias, one sum, can.
         rng = np.random.default_rng(5)
@@ -173,7 +173,7 @@ class _Trial:
         self.target = np.where(rng.random((batch, length)) < 0.2, -1, np.roll(self.ids, -1, 1))
         self.start = length - np.array(LENGTHS)
         self.padded_target = np.where(np.arange(length) < self.start[:, None], -1, self.target)
-        model = LoopLM(self.tensors, config)
+        model = truth(self.tensors, config)
         self.taps: Taps = []
         self.out = model.forward(self.ids, taps=self.taps)
         self.stage1 = model.stage1(self.ids, self.target, ENTROPY_WEIGHT)
@@ -193,8 +193,12 @@ def _with_taps(model: LoopLM, input_ids: Array) -> tuple[dict[str, Array], dict[
 
 
 @functools.cache
-def _trial(name: str) -> _Trial:
-    return _Trial(MODELS[name])
+def _trial(name: str, truth: Any) -> _Trial:
+    return _Trial(MODELS[name], truth)
+
+
+Comparison = tuple[str, Any, Any]  # row name, expected, actual
+Judge = Callable[[Candidate, _Trial], Iterator[Comparison]]
 
 
 def judge_model(candidate: Candidate, tolerance: float = TOLERANCE, models: Iterable[str] = tuple(MODELS)) -> list[Row]:
@@ -202,19 +206,34 @@ def judge_model(candidate: Candidate, tolerance: float = TOLERANCE, models: Iter
     return list(compare(candidate, tolerance, models))
 
 
-def compare(candidate: Candidate, tolerance: float = TOLERANCE, models: Iterable[str] = tuple(MODELS)) -> Iterator[Row]:
+def compare(
+    candidate: Candidate,
+    tolerance: float = TOLERANCE,
+    models: Iterable[str] = tuple(MODELS),
+) -> Iterator[Row]:
     """The same rows one at a time, so that whoever wants the first failure need not wait for the rest."""
+    parts = (_judge_forward, _judge_exit, _judge_cache, _judge_padding, _judge_gradients)
+    yield from _compare(candidate, tolerance, models, LoopLM, parts)
+
+
+def compare_gradients(
+    candidate: Candidate, tolerance: float = TOLERANCE, truth: type[LoopLM] = LoopLM
+) -> Iterator[Row]:
+    """Only Stage I: losses, objective and every gradient, against the reference or a version of it."""
+    yield from _compare(candidate, tolerance, MODELS, truth, (_judge_gradients,))
+
+
+def _compare(
+    candidate: Candidate, tolerance: float, models: Iterable[str], truth: type[LoopLM], parts: Iterable[Judge]
+) -> Iterator[Row]:
     for name in models:
-        trial = _trial(name)
-        for judge in (_judge_forward, _judge_exit, _judge_cache, _judge_padding, _judge_gradients):
+        trial = _trial(name, truth)  # type: ignore[arg-type]  # a class is hashable
+        for judge in parts:
             for row, expected, actual in judge(candidate, trial):
                 exact = isinstance(expected, np.ndarray) and expected.dtype.kind == "i"
                 missing = actual is None
                 error = np.inf if missing else relative_error(expected, actual)
                 yield Row(f"{name}: {row}", error, 0.0 if exact else tolerance, "missing" if missing else "")
-
-
-Comparison = tuple[str, Any, Any]
 
 
 def _judge_forward(candidate: Candidate, trial: _Trial) -> Iterator[Comparison]:

@@ -93,8 +93,15 @@ class LoopLM:
     def add_normed(self, x: Array, residual: Array, name: str) -> tuple[Array, Array]:
         return ops.rmsnorm_residual_forward(x, residual, self.weight[name], self.eps)
 
+    def linear(self, x: Array, weight: Array) -> Array:
+        return ops.linear_forward(x, weight)[0]
+
+    def linear_backward(self, dy: Array, x: Array, weight: Array) -> tuple[Array, Array]:
+        dx, dweight = ops.linear_backward(dy, x, weight)
+        return dx, dweight
+
     def project(self, x: Array, layer: int, name: str) -> Array:
-        return ops.linear_forward(x, self.weight[self.layer_tensor(layer, name)])[0]
+        return self.linear(x, self.weight[self.layer_tensor(layer, name)])
 
     def turn(self, x: Array, position: Array) -> Array:
         return ops.rope_forward(x, position, self.theta)[0]
@@ -136,7 +143,7 @@ class LoopLM:
 
         def back(dy: Array, x: Array, name: str) -> Array:
             full = self.layer_tensor(layer, name)
-            dx, dweight = ops.linear_backward(dy, x, w[full])
+            dx, dweight = self.linear_backward(dy, x, w[full])
             grads[full] += dweight
             return dx
 
@@ -231,7 +238,7 @@ class LoopLM:
 
     def logits(self, hidden: Array) -> Array:
         """RBSD -> RBSV: the same head reads every loop's state."""
-        return hidden @ self.weight[self.head_name].T
+        return self.linear(hidden, self.weight[self.head_name])
 
     def forward(
         self, input_ids: Array, start: Array | None = None, loops: int | None = None, taps: Taps | None = None
@@ -304,7 +311,7 @@ class LoopLM:
         dhidden = self.dgate_input(self.gate_backward(dgate_logit, tape.hidden, grads))
         for r in range(len(loss)):
             (dlogits,) = ops.cross_entropy_backward(dloss[r], logits[r], target, lse[r])
-            dstate, dhead = ops.linear_backward(dlogits, tape.hidden[r], self.weight[self.head_name])
+            dstate, dhead = self.linear_backward(dlogits, tape.hidden[r], self.weight[self.head_name])
             dhidden[r] += dstate
             grads[self.head_name] += dhead
         self.run_backward(input_ids, dhidden, tape, grads)

@@ -125,8 +125,8 @@ def generate(
     from looplm.cache import POLICIES
     from looplm.errors import UsageError
     from looplm.exits import choose_rule
+    from looplm.kernels.product.blas import limit_blas_threads
     from looplm.sampling import Sampling
-    from looplm.threads import limit_blas_threads
     from looplm_cli.inputs import check_loops, open_model, read_prompt
     from looplm_cli.render import print_json, say
 

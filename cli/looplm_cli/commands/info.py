@@ -1,32 +1,68 @@
-"""`looplm info`: what a model folder holds, or what this machine offers."""
+"""`looplm info`: what a model folder holds, what this machine offers, or what a training would take."""
 
 import re
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from looplm_cli.options import JsonOption, ModelOption
+import typer
+
+from looplm_cli.options import TRAINING, ConfigOption, JsonOption, ModelOption, SetOption, ThreadsOption
 
 if TYPE_CHECKING:
     from looplm.model_files import ModelFiles
-
-# Of all that a processor reports, what the kernels and matrix products make use of.
-NOTABLE = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "amx-bf16", "amx-int8", "neon", "sve")
+    from looplm.settings import RunConfig
 
 
-def info(model: ModelOption = None, as_json: JsonOption = False) -> None:
-    """Show what a model is made of, or what this machine offers.
+def info(
+    model: ModelOption = None,
+    machine: Annotated[
+        bool, typer.Option("--machine", help="Processor, threads, and how fast each kernel path multiplies here.")
+    ] = False,
+    train: Annotated[
+        bool, typer.Option("--train", help="The memory a training would take.", rich_help_panel=TRAINING)
+    ] = False,
+    preset: Annotated[
+        str | None,
+        typer.Option(
+            "--preset", show_default="nano", help="Size: nano, tiny, small or medium.", rich_help_panel=TRAINING
+        ),
+    ] = None,
+    config: ConfigOption = None,
+    setting: SetOption = None,
+    threads: ThreadsOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show what a model is made of, what this machine offers, or what a training would take.
 
     With --model: parameters by part, shapes, memory, key/value bytes, where the model comes from and with how many
     loops it was trained. Only headers are read, so this is instant for a model of any size.
 
-    Without: versions, processor, threads, the library of matrix products, where compiled kernels are kept, and the
-    model that other commands take when none is named.
+    With --train, instead: the memory that `looplm train` with the same settings would hold at most, by part and for
+    each way to compute again instead of keeping, what is available, and what `train.recompute=auto` would choose.
+
+    Without any of them, or with --machine: versions, processor, threads, where compiled kernels are kept, and the model
+    that other commands take when none is named. --machine also measures how fast each path of matrix products is here
+    (once; the result is kept) and says which are used.
     """
+    from looplm.errors import UsageError
     from looplm_cli.render import print_json, print_warning
 
-    if model is None:
-        report = _machine()
-        show = _print_machine
+    if not train and (preset or config or setting or threads):
+        raise UsageError("--preset, --config, --set and --threads describe a training", "add --train")
+    if machine and model is not None:
+        raise UsageError("--model and --machine are about different things", "give one of them")
+    if train:
+        from looplm_cli.commands.train import effective_settings
+
+        if model is not None or machine:
+            raise UsageError("--train, --model and --machine are about different things", "give one of them")
+        report = _training(effective_settings(preset, config, setting or [], {"train": {"threads": threads}}))
+        show = _print_training
+    elif model is None:
+        from looplm_cli.machine import machine_report, print_machine
+
+        report = machine_report(measure=machine)
+        show = print_machine
     else:
         from looplm.checkpoint import resolve_model
         from looplm.model_files import open_model
@@ -124,61 +160,67 @@ def _bytes(number: int) -> str:
     return f"{size:.4g} GiB"
 
 
-def _machine() -> dict[str, Any]:
-    import importlib.metadata
-    import platform
+def _training(settings: "RunConfig") -> dict[str, Any]:
+    from looplm.memory import available_memory, first_that_fits, predicted_peak
+    from looplm.settings import RECOMPUTE
+    from looplm.threads import available_threads
+    from looplm.training import product_path
+    from looplm.weights import parameter_count
 
-    import numpy as np
-
-    from looplm import __version__
-    from looplm.kernels.jit import cache_folder, kernels_are_cached, processor
-    from looplm.threads import available_threads, limit_blas_threads
-
-    blas = np.show_config(mode="dicts")["Build Dependencies"]["blas"]
+    how, vocab_size = settings.train, _vocabulary(settings)
+    model = settings.model_config(vocab_size=vocab_size)
+    threads, available = how.threads or available_threads(), available_memory()
+    path = product_path(how)
+    parts = {mode: predicted_peak(model, how.batch_size, how.seq_len, threads, mode, path) for mode in RECOMPUTE}
+    peaks = {mode: sum(by_part.values()) for mode, by_part in parts.items()}
     return {
-        "looplm": __version__,
-        "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in ("numpy", "numba", "llvmlite", "tokenizers")},
-        "system": platform.platform(),
-        "processor": processor(),
-        "threads": available_threads(),
-        "threading": "Python threads; compiled kernels and matrix products release the interpreter lock",
-        "blas": {"name": blas["name"], "version": blas["version"], "held_to_one_thread": limit_blas_threads()},
-        "kernel_cache": cache_folder(),
-        "kernels_compiled": kernels_are_cached(),
-        "latest_model": _latest_model(),
+        "preset": settings.preset,
+        "parameters": parameter_count(model),
+        "vocab_size": vocab_size,
+        "layers": model.num_hidden_layers,
+        "loops": model.total_ut_steps,
+        "batch_size": how.batch_size,
+        "seq_len": how.seq_len,
+        "threads": threads,
+        "kernels": path.name,
+        "parts": parts,
+        "peak": peaks,
+        "available": available,
+        "recompute": how.recompute,
+        "auto": first_that_fits(peaks, available),
     }
 
 
-def _latest_model() -> str | None:
-    from looplm.checkpoint import resolve_model
-    from looplm.errors import CheckpointError
+def _vocabulary(settings: "RunConfig") -> int:
+    """As far as it is known without reading the corpus; else that of a text of a megabyte."""
+    from looplm.corpus import corpus_kind
+    from looplm.tasks.hops import HopsSource
+    from looplm.text import byte_tokenizer, choose_vocab_size
 
-    try:
-        return str(resolve_model(None))
-    except CheckpointError:
-        return None
+    data = settings.data
+    if corpus_kind(list(data.corpus)) != "text":
+        least = HopsSource(settings.train.batch_size, settings.train.seq_len, settings.train.seed).vocab_size
+    elif data.tokenizer == "bytes":
+        least = byte_tokenizer().vocab_size
+    else:
+        least = data.vocab_size or choose_vocab_size(1_000_000)
+    return max(least, settings.model.get("vocab_size", 0))
 
 
-def _print_machine(report: dict[str, Any]) -> None:
-    from looplm_cli.render import stdout
+def _print_training(report: dict[str, Any]) -> None:
+    from looplm.memory import SHARE
+    from looplm_cli.render import print_table, stdout
 
-    has = set(report["processor"]["features"])
-    blas = report["blas"]
-    held = "one thread each" if blas["held_to_one_thread"] else "its own threads: set OMP_NUM_THREADS=1"
-    compiled = (
-        "compiled already" if report["kernels_compiled"] else "empty: the first command compiles, about 15 seconds"
+    say, parts, peaks = stdout().print, report["parts"], report["peak"]
+    say(
+        f"{report['preset']}: {report['parameters']:,} parameters, {report['layers']} layers x {report['loops']} "
+        f"loops, vocabulary {report['vocab_size']}, batches of {report['batch_size']} x {report['seq_len']} tokens, "
+        f"{report['threads']} threads, kernels {report['kernels']}\n",
+        markup=False,
+        soft_wrap=True,
     )
-    cache = f"{report['kernel_cache']} ({compiled})"
-    lines = {
-        "looplm": report["looplm"],
-        "python": f"{report['python']}, {', '.join(f'{n} {v}' for n, v in report['packages'].items())}",
-        "system": report["system"],
-        "processor": f"{report['processor']['name']}: {' '.join(name for name in NOTABLE if name in has)}",
-        "threads": f"{report['threads']} ({report['threading']})",
-        "blas": f"{blas['name']} {blas['version']}, {held}",
-        "kernels": cache if report["kernel_cache"] else "no folder is writable: compiled anew in every process",
-        "model": report["latest_model"] or "none yet: looplm train, or looplm quickstart",
-    }
-    for name, text in lines.items():
-        stdout().print(f"{name:<10} {text}", markup=False, soft_wrap=True)
+    rows = [(part, *(_bytes(parts[mode][part]) for mode in parts)) for part in next(iter(parts.values()))]
+    print_table(["recompute", *parts], [*rows, ("peak", *(_bytes(peak) for peak in peaks.values()))])
+    free, auto = report["available"], report["auto"]
+    say("available " + ("unknown" if free is None else f"{_bytes(free)}, of which training may take {SHARE:.0%}"))
+    say(f"train.recompute=auto: {auto or 'too large; lower train.batch_size or train.seq_len'}", soft_wrap=True)

@@ -7,6 +7,7 @@ import typer
 
 from looplm_cli.options import (
     LOOPS,
+    MACHINE,
     TRAINING,
     ConfigOption,
     CorpusArgument,
@@ -105,6 +106,34 @@ def train(
         ),
     ] = None,
     threads: ThreadsOption = None,
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            "--precision",
+            show_default="auto",
+            help="Of the matrix products: fp32, bf16, or auto: bf16 where that is clearly quicker.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            "--kernels",
+            metavar="PATH",
+            show_default="the fastest here",
+            help="Who multiplies matrices; `looplm info --machine` lists the paths.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
+    recompute: Annotated[
+        str | None,
+        typer.Option(
+            "--recompute",
+            show_default="auto",
+            help="What backward computes again instead of keeping: none, loop, layer, or auto: the least that fits.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = None,
     show_config: Annotated[
         bool, typer.Option("--show-config", help="Print the effective settings as YAML and stop.")
     ] = False,
@@ -119,12 +148,13 @@ def train(
 
     [bold]looplm train shakespeare.txt --preset tiny --minutes 10[/bold]
     """
-    from looplm.errors import UsageError
+    from looplm.ranks import first_does
     from looplm.run_folder import new_run_path
     from looplm.settings import to_yaml
     from looplm.training_run import resume_run, start_run
     from looplm_cli.inputs import announce_compilation
-    from looplm_cli.render import say
+    from looplm_cli.interrupts import ranks_as_one
+    from looplm_cli.render import print_json, say
 
     flags: dict[str, dict[str, Any]] = {
         "model": {"total_ut_steps": loops},
@@ -138,30 +168,48 @@ def train(
         },
         "train": {"steps": steps, "minutes": minutes, "seed": seed, "prior": prior, "entropy_weight": entropy_weight},
     }
-    if resume is not None:
-        given = [value for values in flags.values() for value in values.values()]
-        if any(value is not None for value in (*given, preset, out_dir, config)) or setting or show_config:
-            raise UsageError(
-                "--resume takes corpus and settings from the run folder",
-                "give --resume FOLDER with nothing but --threads, --json or --quiet",
-            )
-        opened = resume_run(resume, threads or 0)
-    else:
-        flags["train"]["threads"] = threads
-        settings = effective_settings(preset, config, setting or [], flags)
-        if show_config:
-            typer.echo(to_yaml(settings), nl=False)
-            return
-        opened = start_run(settings, out_dir or new_run_path(_run_name(settings)))
-    with opened as run:
-        if not quiet:
-            say(_opening_line(run, resumed=resume is not None))
-            announce_compilation()
-        result = run_training(run, quiet)
-    if as_json:
-        from looplm_cli.render import print_json
+    if resume is None:
+        flags["train"] |= {"threads": threads, "precision": precision, "kernels": kernels, "recompute": recompute}
 
-        print_json(result)
+    def chosen() -> "RunConfig | None":
+        """The settings of a new run; None for one to resume, whose folder has them."""
+        if resume is None:
+            return effective_settings(preset, config, setting or [], flags)
+        others = (preset, out_dir, config, precision, kernels, recompute, *(setting or []), show_config or None)
+        refuse_settings(*others, flags=flags)
+        return None
+
+    with ranks_as_one() as ranks:
+        first, settings = ranks.rank == 0, first_does(ranks, chosen)
+        if show_config and settings:
+            if first:
+                typer.echo(to_yaml(settings), nl=False)
+            return
+        if settings:
+            path = first_does(ranks, lambda: out_dir or new_run_path(_run_name(settings)))
+            opened = start_run(settings, path, ranks)
+        else:
+            assert resume is not None
+            opened = resume_run(resume, threads or 0, ranks)
+        with opened as run:
+            if first and not quiet:
+                say(_opening_line(run, resumed=resume is not None))
+                announce_compilation()
+            result = run_training(run, quiet or not first)
+        if as_json and first:
+            print_json(result)
+
+
+def refuse_settings(*others: Any, flags: dict[str, dict[str, Any]]) -> None:
+    """Raises: UsageError if anything was given that a run to resume has in its folder."""
+    from looplm.errors import UsageError
+
+    given = [value for values in flags.values() for value in values.values()]
+    if any(value is not None for value in (*given, *others)):
+        raise UsageError(
+            "--resume takes corpus and settings from the run folder",
+            "give --resume FOLDER with nothing but --threads, --json or --quiet",
+        )
 
 
 def effective_settings(
@@ -179,7 +227,7 @@ def effective_settings(
 def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
     """Train to the end or to an interrupt, showing how it goes; returns what --json prints.
 
-    Ctrl-C and SIGTERM write a checkpoint and end with exit code 130.
+    Ctrl-C and SIGTERM write a checkpoint and end with exit code 130; of several ranks, any that gets one stops all.
     """
     from looplm.training import EvalReport, StepReport
     from looplm.training_run import evaluation_json
@@ -187,6 +235,7 @@ def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
     from looplm_cli.render import Progress, say
 
     last: EvalReport | None = None
+    ranks = run.trainer.ranks
     with interruptible() as stop, Progress(run.trainer.total_steps, "step", quiet) as progress:
         for report in run.reports():
             if isinstance(report, StepReport):
@@ -196,9 +245,14 @@ def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
                 last = report
                 if not quiet:
                     progress.note(eval_line(run, report))
-            if stop.requested and not (isinstance(report, EvalReport) and report.final):
+            if isinstance(report, EvalReport) and report.final:
+                continue
+            if any(ranks.sum_small([stop.requested])):
                 run.save()
-                say(f"stopped at step {run.trainer.progress.step}; go on with: looplm train --resume {run.folder.path}")
+                if run.first:
+                    again = f"mpiexec -n {ranks.size} looplm" if ranks.size > 1 else "looplm"
+                    step = run.trainer.progress.step
+                    say(f"stopped at step {step}; go on with: {again} train --resume {run.folder.path}")
                 raise Interrupted
     assert last is not None
     progress_made = run.trainer.progress
@@ -210,7 +264,8 @@ def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
         "tokens_per_s": round(progress_made.tokens / max(progress_made.seconds, 1e-9), 1),
         "run_dir": str(run.folder.path),
     }
-    result |= task_accuracy(run, quiet)
+    if run.first:
+        result |= task_accuracy(run, quiet)
     if not quiet:
         say(f"saved in {run.folder.path}")
     return result
@@ -264,10 +319,11 @@ def _run_name(settings: "RunConfig") -> str:
 def _opening_line(run: "TrainingRun", resumed: bool) -> str:
     from looplm.weights import parameter_count
 
-    config, train = run.weights.config, run.config.train
+    config, train, size = run.weights.config, run.config.train, run.trainer.ranks.size
+    ranks = f"{size} ranks with " if size > 1 else ""
     verb = f"resuming at step {run.trainer.progress.step}" if resumed else "training"
     return (
         f"{verb} into {run.folder.path}: {parameter_count(config):,} parameters, {config.num_hidden_layers} layers x "
-        f"{config.total_ut_steps} loops, vocabulary {config.vocab_size}, batches of {train.batch_size} x "
-        f"{train.seq_len} tokens, {run.trainer.threads} threads"
+        f"{config.total_ut_steps} loops, vocabulary {config.vocab_size}, {ranks}batches of "
+        f"{train.batch_size} x {train.seq_len} tokens, {run.trainer.threads} threads"
     )

@@ -1,0 +1,27 @@
+"""Matrix products: one face, several paths; which of them runs is nobody's business outside this folder.
+
+A path turns a weight into what its products want to read (a `Matrix`), once per optimizer step, and gives every thread
+a `Products` of its own: see select.py for the paths there are.
+"""
+
+from typing import Any, Protocol
+
+from ...arrays import Floats
+from .blas import BlasProducts
+
+__all__ = ["BlasProducts", "Matrix", "Products"]
+
+Matrix = Any  # a weight as one path's products read it; only `Path.pack` makes it
+
+
+class Products(Protocol):
+    """One thread's matrix products with weights N x K and rows M."""
+
+    def forward_into(self, y: Floats, x: Floats, weight: Matrix) -> None:
+        """y = x times the weight's transpose.  x: MK -> y: MN"""
+
+    def dx_into(self, dx: Floats, dy: Floats, weight: Matrix) -> None:
+        """dx = dy times the weight.  dy: MN -> dx: MK"""
+
+    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
+        """dweight += dy's transpose times x.  dy: MN, x: MK, dweight: NK"""

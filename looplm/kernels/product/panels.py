@@ -1,0 +1,187 @@
+"""Float32 products of our own: weights packed once for all loops, the other operand read where it lies.
+
+A weight is packed into panels, TILE_COLUMNS columns wide, once as it is (for gradients of inputs) and once transposed
+(for the forward product).  A block of rows stays in the second-level cache while all panels pass by it, and a panel in
+the first-level cache while all tiles of the block pass by it.  Weight gradients pack both operands and add into the
+gradient in place.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...arrays import Floats, aligned_empty
+from ..jit import njit
+from ..vectors import TILE_COLUMNS, TILE_ROWS, move_eight, tile, tile_of_one_row, transpose_eight
+
+ROW_BLOCK = 1 << 15  # floats of the left operand that stay in the second-level cache (128 KiB)
+MAX_ROWS = 1024  # rows in a block, whatever the depth
+DEPTH = 384  # longest run of a product kept in registers: a panel of it takes 24 KiB of the first-level cache
+OUTER_DEPTH = 256  # rows that a weight gradient takes at a time
+LEFT_TILES = 16  # tiles of its left operand packed together
+SPARE = 8 - TILE_ROWS  # numbers that a block of packed tiles may spill over
+
+_ZERO = np.float32(0.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Packed:
+    """One weight matrix, N x K, in both arrangements."""
+
+    shape: tuple[int, int]
+    plain: Floats  # panels of the weight: K/TILE_COLUMNS x N x TILE_COLUMNS
+    transposed: Floats  # panels of its transpose: N/TILE_COLUMNS x K x TILE_COLUMNS
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int]) -> "Packed":
+        n, k = shape
+        return cls(
+            shape,
+            aligned_empty((panel_count(k), n, TILE_COLUMNS)),
+            aligned_empty((panel_count(n), k, TILE_COLUMNS)),
+        )
+
+    def fill(self, weight: Floats) -> None:
+        _pack_right(self.plain.reshape(-1), weight, 0, weight.shape[0])
+        _pack_transposed(self.transposed, weight)
+
+
+def panel_count(columns: int) -> int:
+    """Panels that so many columns take."""
+    return -(-columns // TILE_COLUMNS)
+
+
+class PanelProducts:
+    """One thread's products with weights of these shapes (N, K)."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+        columns = max(k for _, k in shapes)
+        self._edge = aligned_empty((MAX_ROWS * TILE_COLUMNS,))
+        self._tiles = aligned_empty((LEFT_TILES * (OUTER_DEPTH * TILE_ROWS + SPARE),))
+        self._panels = aligned_empty((OUTER_DEPTH * panel_count(columns) * TILE_COLUMNS,))
+
+    def forward_into(self, y: Floats, x: Floats, weight: Packed) -> None:
+        """y: MN from x: MK."""
+        _multiply(y, x, weight.transposed, self._edge)
+
+    def dx_into(self, dx: Floats, dy: Floats, weight: Packed) -> None:
+        """dx: MK from dy: MN."""
+        _multiply(dx, dy, weight.plain, self._edge)
+
+    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
+        """dweight: NK grows by dy: MN transposed times x: MK."""
+        _accumulate_outer(dweight, dy, x, self._tiles, self._panels, self._edge)
+
+
+@njit
+def _pack_transposed(panels, weight):
+    """panels[p, k, j] = weight[p * TILE_COLUMNS + j, k]; zero beyond the last row of the weight."""
+    n, depth = weight.shape
+    flat, source = panels.reshape(-1), weight.reshape(-1)
+    for first in range(0, panels.shape[0] * TILE_COLUMNS, 8):
+        at = first // TILE_COLUMNS * depth * TILE_COLUMNS + first % TILE_COLUMNS
+        whole = depth // 8 * 8 if first + 8 <= n else 0
+        for k in range(0, whole, 8):
+            transpose_eight(flat, at + k * TILE_COLUMNS, TILE_COLUMNS, source, first * depth + k, depth)
+        for k in range(whole, depth):
+            for j in range(8):
+                flat[at + k * TILE_COLUMNS + j] = source[(first + j) * depth + k] if first + j < n else _ZERO
+
+
+@njit
+def _pack_right(panels, x, first_row, rows):
+    """panels: one of rows x TILE_COLUMNS after the other: panel p holds columns p * TILE_COLUMNS and on, then zeros."""
+    flat, width = x.reshape(-1), x.shape[1]
+    for first in range(0, width, TILE_COLUMNS):
+        source, at = first_row * width + first, first * rows
+        whole = rows if first + TILE_COLUMNS <= width else 0
+        for m in range(whole):
+            for part in range(0, TILE_COLUMNS, 8):
+                move_eight(panels, at + m * TILE_COLUMNS + part, flat, source + m * width + part)
+        for m in range(whole, rows):
+            for j in range(TILE_COLUMNS):
+                inside = first + j < width
+                panels[at + m * TILE_COLUMNS + j] = flat[source + m * width + j] if inside else _ZERO
+
+
+@njit
+def _pack_left(tiles, dy, first_row, rows, first_column, columns):
+    """tiles: one of rows x TILE_ROWS and SPARE after the other: tile i holds columns i * TILE_ROWS and on, then zeros.
+
+    Eight numbers are moved at once; what spills over is overwritten by the next row, or lands in the spare ones.
+    """
+    flat, width = dy.reshape(-1), dy.shape[1]
+    for first in range(0, columns, TILE_ROWS):
+        source, at = first_row * width + first_column + first, first // TILE_ROWS * (rows * TILE_ROWS + SPARE)
+        whole = rows if first_column + first + 8 <= width else 0
+        for m in range(whole):
+            move_eight(tiles, at + m * TILE_ROWS, flat, source + m * width)
+        for m in range(whole, rows):
+            for r in range(TILE_ROWS):
+                inside = first_column + first + r < width
+                tiles[at + m * TILE_ROWS + r] = flat[source + m * width + r] if inside else _ZERO
+
+
+@njit
+def _rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
+    whole = rows // TILE_ROWS * TILE_ROWS
+    for row in range(0, whole, TILE_ROWS):
+        left, into = x_at + row * x_row, y_at + row * y_row
+        tile(x, left, x_row, 1, panels, panel_at, TILE_COLUMNS, y, into, y_row, depth, accumulate)
+    for row in range(whole, rows):
+        left, into = x_at + row * x_row, y_at + row * y_row
+        tile_of_one_row(x, left, x_row, 1, panels, panel_at, TILE_COLUMNS, y, into, y_row, depth, accumulate)
+
+
+@njit
+def _multiply(y, x, panels, edge):
+    """y: MN = x: MK times panels: P x K x TILE_COLUMNS; a last panel that is not full goes through `edge`."""
+    rows, columns = y.shape
+    depth = x.shape[1]
+    run = (depth + (depth + DEPTH - 1) // DEPTH - 1) // ((depth + DEPTH - 1) // DEPTH)  # equal runs
+    block = min(MAX_ROWS, max(ROW_BLOCK // run, TILE_ROWS)) // TILE_ROWS * TILE_ROWS
+    full = columns // TILE_COLUMNS
+    y_flat, x_flat, flat = y.reshape(-1), x.reshape(-1), panels.reshape(-1)
+    for begin in range(0, rows, block):
+        count = min(block, rows - begin)
+        for k in range(0, depth, run):
+            length, x_at, more = min(run, depth - k), begin * depth + k, 1 if k else 0
+            for p in range(full):
+                y_at, panel_at = begin * columns + p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
+                _rows_times_panel(y_flat, y_at, columns, x_flat, x_at, depth, count, flat, panel_at, length, more)
+            if full < panels.shape[0]:
+                panel_at = (full * depth + k) * TILE_COLUMNS
+                _rows_times_panel(edge, 0, TILE_COLUMNS, x_flat, x_at, depth, count, flat, panel_at, length, more)
+        if full < panels.shape[0]:
+            first = full * TILE_COLUMNS
+            for row in range(count):
+                for j in range(columns - first):
+                    y[begin + row, first + j] = edge[row * TILE_COLUMNS + j]
+
+
+@njit
+def _accumulate_outer(dweight, dy, x, tiles, panels, edge):
+    """dweight: NK += dy: MN transposed times x: MK."""
+    rows, n = dy.shape
+    columns = x.shape[1]
+    flat = dweight.reshape(-1)
+    for first_row in range(0, rows, OUTER_DEPTH):
+        depth = min(OUTER_DEPTH, rows - first_row)
+        tile_size, panel_size = depth * TILE_ROWS + SPARE, depth * TILE_COLUMNS
+        _pack_right(panels, x, first_row, depth)
+        for first in range(0, n, LEFT_TILES * TILE_ROWS):
+            width = min(LEFT_TILES * TILE_ROWS, n - first)
+            _pack_left(tiles, dy, first_row, depth, first, width)
+            for column in range(0, columns, TILE_COLUMNS):
+                panel_at = column // TILE_COLUMNS * panel_size
+                for row in range(0, width, TILE_ROWS):
+                    left, top = row // TILE_ROWS * tile_size, first + row
+                    if column + TILE_COLUMNS <= columns and row + TILE_ROWS <= width:
+                        into = top * columns + column
+                        tile(tiles, left, 1, TILE_ROWS, panels, panel_at, TILE_COLUMNS, flat, into, columns, depth, 1)
+                        continue
+                    tile(tiles, left, 1, TILE_ROWS, panels, panel_at, TILE_COLUMNS, edge, 0, TILE_COLUMNS, depth, 0)
+                    for r in range(min(TILE_ROWS, width - row)):
+                        for j in range(min(TILE_COLUMNS, columns - column)):
+                            dweight[top + r, column + j] += edge[r * TILE_COLUMNS + j]

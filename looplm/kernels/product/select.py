@@ -1,0 +1,140 @@
+"""Which path multiplies: what the processor can do, what was fastest here, what was asked for.
+
+Usable follows from the processor's features; used is what a measurement finds fastest, once per machine: the same
+instruction is twice as fast as float32 on one processor and slower than it on another.
+"""
+
+import dataclasses
+import json
+import pathlib
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ...arrays import Floats, aligned_empty
+from ..jit import cache_folder, features, processor
+from .blas import BlasProducts, limit_blas_threads
+from .pairs import PackedPairs, PairProducts
+from .panels import Packed, PanelProducts
+
+ROWS, SHAPE = 512, (768, 256)  # measured: the three products of a weight N x K as a small model has it
+ROUNDS = 12
+BF16_ADVANTAGE = 1.2  # bfloat16 must be so much faster before `auto` gives up float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """One way to multiply: how a weight is packed, and who multiplies with it."""
+
+    name: str
+    precision: str  # what the operands are rounded to: fp32 or bf16
+    summary: str
+    room: Callable[
+        [tuple[int, int]], Any
+    ]  # shape N x K -> what a weight is packed into; None: products read it as it is
+    products: Callable[[Sequence[tuple[int, int]]], Any]  # shapes of the weights -> one thread's Products
+    needs: frozenset[str] = frozenset()  # features without which it is not worth choosing
+
+    def pack(self, weight: Floats, room: Any) -> Any:
+        """The weight, N x K, as the products want it; `room` becomes it, unless they read it as it is."""
+        if room is None:
+            return weight
+        room.fill(weight)
+        return room
+
+    def missing(self) -> list[str]:
+        return sorted(self.needs - features())
+
+
+PATHS = {
+    path.name: path
+    for path in (
+        Path("blas", "fp32", "NumPy's BLAS", lambda shape: None, BlasProducts),
+        Path("panels", "fp32", "register tiles", Packed.empty, PanelProducts),
+        Path(
+            "pairs",
+            "bf16",
+            "register tiles, dot products of bfloat16 pairs",
+            PackedPairs.empty,
+            PairProducts,
+            frozenset({"avx512bf16"}),
+        ),
+    )
+}
+
+
+def choose(precision: str = "auto", name: str = "") -> Path:
+    """The path to use: the one named, or the fastest of the precision asked for.
+
+    `auto` is float32, unless bfloat16 is faster here by BF16_ADVANTAGE.
+
+    Raises: LookupError if there is no path of that name, or it has another precision.
+    """
+    if name:
+        if name not in PATHS:
+            raise LookupError(f"there is no kernel path {name!r}, only {', '.join(PATHS)}")
+        if precision not in ("auto", PATHS[name].precision):
+            raise LookupError(f"kernel path {name} is {PATHS[name].precision}, not {precision}")
+        return PATHS[name]
+    rates = measured_rates()
+    best = {kind: _fastest(kind, rates) for kind in ("fp32", "bf16")}
+    if precision != "auto":
+        return best[precision]
+    gain = rates.get(best["bf16"].name, 0.0) / rates[best["fp32"].name]
+    return best["bf16" if gain >= BF16_ADVANTAGE else "fp32"]
+
+
+def _fastest(precision: str, rates: dict[str, float]) -> Path:
+    paths = [path for path in PATHS.values() if path.precision == precision]
+    return max(paths, key=lambda path: rates.get(path.name, 0.0))
+
+
+def measured_rates() -> dict[str, float]:
+    """GFLOP/s of one thread by path, of those worth choosing here; measured once and kept beside the kernels."""
+    folder = cache_folder()
+    file = pathlib.Path(folder) / "rates.json" if folder else None
+    found = _read(file)
+    key = f"{processor()['name']} {' '.join(sorted(features()))}"
+    if key not in found:
+        found[key] = _measure([path for path in PATHS.values() if not path.missing()])
+        _write(file, found)
+    return found[key]
+
+
+def _measure(paths: list[Path]) -> dict[str, float]:
+    """In turn, and the best of all rounds: other work on the machine only ever makes a round slower."""
+    (n, k), rng = SHAPE, np.random.default_rng(0)
+    x, dy, weight, dweight = (rng.standard_normal(size, np.float32) for size in ((ROWS, k), (ROWS, n), (n, k), (n, k)))
+    y, dx = aligned_empty((ROWS, n)), aligned_empty((ROWS, k))
+    limit_blas_threads()
+    ready = {path.name: (path.products([SHAPE]), path.pack(weight, path.room(SHAPE))) for path in paths}
+    best = dict.fromkeys(ready, float("inf"))
+    for _ in range(1 + ROUNDS):  # the first compiles
+        for name, (products, packed) in ready.items():
+            began = time.perf_counter()
+            products.forward_into(y, x, packed)
+            products.dx_into(dx, dy, packed)
+            products.accumulate_dweight(dweight, dy, x)
+            best[name] = min(best[name], time.perf_counter() - began)
+    return {name: round(3 * 2e-9 * ROWS * n * k / seconds, 1) for name, seconds in best.items()}
+
+
+def _read(file: pathlib.Path | None) -> dict[str, dict[str, float]]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8")) if file else {}
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _write(file: pathlib.Path | None, rates: dict[str, dict[str, float]]) -> None:
+    if file is None:
+        return
+    unfinished = file.with_suffix(f".{time.monotonic_ns()}")
+    try:
+        unfinished.write_text(json.dumps(rates), encoding="utf-8")
+        unfinished.replace(file)
+    except OSError:  # a full or read-only disk: measured again next time
+        unfinished.unlink(missing_ok=True)
