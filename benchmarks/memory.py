@@ -12,10 +12,13 @@ Exit code 0 if every prediction is within 10 %.
 
 import argparse
 import json
-import resource
+import pathlib
 import subprocess
 import sys
 from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+from benchmarks.side_by_side import peak_mib
 
 MODES = ("none", "loop", "layer")
 VOCABULARY = 512  # what a text of a megabyte gets
@@ -54,12 +57,11 @@ def measure(preset: str, settings: list[str], threads: int, mode: str) -> dict[s
         gradient(weights, workspace, ids, ids, objective)
         optimizer.update(workspace.total.contiguous(), step, how.learning_rate)
     evaluate(weights, [Batch(ids, ids)], threads=threads)
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"parts": parts, "peak": unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    return {"parts": parts, "peak": round(peak_mib() * MIB)}
 
 
 def in_a_process(preset: str, settings: list[str], threads: int, mode: str) -> dict[str, Any]:
-    """`measure` where nothing else has been; this process must stay small, since its peak counts as its child's."""
+    """`measure` where nothing else has been."""
     options = [f"--set={setting}" for setting in settings]
     command = [sys.executable, __file__, preset, "--threads", str(threads), "--measure", mode, *options]
     return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)

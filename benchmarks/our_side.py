@@ -23,7 +23,7 @@ from looplm.data import Batch
 from looplm.errors import LoopLMError
 from looplm.kernels.jit import cache_folder
 from looplm.kernels.product.select import Path
-from looplm.settings import InitConfig, TrainConfig
+from looplm.settings import PUBLISHED_INIT, InitConfig, TrainConfig
 from looplm.threads import run_all, shards
 from looplm.training import Trainer, product_path
 from looplm.weights import Weights, initialise, matrix_shapes
@@ -52,8 +52,7 @@ def model_config(sizes: dict[str, int]) -> ModelConfig:
 
 
 def initial_weights(sizes: dict[str, int]) -> Weights:
-    init = InitConfig(scheme="ouro", post_norm=1.0, embedding_std=0.02)
-    return initialise(model_config(sizes), init, seed=0)
+    return initialise(model_config(sizes), InitConfig(scheme="ouro", **PUBLISHED_INIT), seed=0)
 
 
 class RandomBatches:

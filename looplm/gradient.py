@@ -104,7 +104,7 @@ def gradient(
 ) -> GradientReport:
     """Gradient of the mean objective over counted positions (target >= 0), left in `workspace.total`.
 
-    input_ids, target: BS.  The result is the same bits for the same number of threads.
+    input_ids, target: BS.  The result is the same bits for the same number of threads and the same path.
     """
     counted = max(1, int((target >= 0).sum()))
     weights = workspace.packed(weights)

@@ -30,14 +30,14 @@ class InitConfig:
     scheme: str = "damped"  # damped: the three values below; ouro: published (0.02 everywhere, norms 1)
     post_norm: float = 0.5  # weight of the norms after attention and after the MLP
     embedding_std: float = 0.5
-    weight_std: float = 0.02
+    weight_std: float = 0.05  # of linear layers, at width 128; presets keep weight_std * sqrt(width)
 
     def __post_init__(self) -> None:
         _one_of(self, "init", "scheme", ("damped", "ouro"))
         _positive(self, "init", "post_norm", "embedding_std", "weight_std")
 
 
-PUBLISHED_INIT = {"post_norm": 1.0, "embedding_std": 0.02}  # what scheme "ouro" stands for
+PUBLISHED_INIT = {"post_norm": 1.0, "embedding_std": 0.02, "weight_std": 0.02}  # what scheme "ouro" stands for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -144,10 +144,12 @@ PRESETS: dict[str, Values] = {
     },
     "small": {
         "model": {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 704, "num_hidden_layers": 6},
+        "init": {"weight_std": 0.035},
         "train": {"steps": 5000, "seq_len": 256, "learning_rate": 2e-3},
     },
     "medium": {
         "model": {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1408, "num_hidden_layers": 8},
+        "init": {"weight_std": 0.025},
         "train": {"steps": 10000, "batch_size": 4, "seq_len": 256, "learning_rate": 1e-3},
     },
 }
@@ -182,8 +184,8 @@ def run_config(preset: str, *layers: Mapping[str, Any]) -> RunConfig:
     data = build(DataConfig, given["data"], "data")
     task: Values = next((TASK_SETTINGS[name] for name in data.corpus if name in TASK_SETTINGS), {})
     merged = {name: {**PRESETS[preset].get(name, {}), **task.get(name, {}), **given[name]} for name in SECTIONS}
-    if merged["init"].get("scheme") == "ouro":
-        merged["init"] = PUBLISHED_INIT | merged["init"]
+    if given["init"].get("scheme") == "ouro":
+        merged["init"] = PUBLISHED_INIT | given["init"]
     config = RunConfig(
         preset=preset,
         model=merged["model"],

@@ -1,7 +1,7 @@
 """Stage I: train the whole model on the expected loss over loops.  A generator of reports; nothing is printed.
 
 Every step is a pure function of (state, seed, step): batches are drawn from the step's number, so a run that was
-killed and resumed gives the same losses bit for bit, for a fixed number of threads and ranks.
+killed and resumed gives the same losses bit for bit, for a fixed number of threads and ranks and the same kernels.
 
 Several ranks share the rows of every batch: N ranks with batch_size B train as one rank with batch_size N * B does, but
 for rounding.  Gradients are summed once per step; every rank then does the same update, so weights and moments are

@@ -230,7 +230,7 @@ def _restarted(folder: RunFolder, config: RunConfig, threads: int, ranks: Ranks)
 def _resumed(folder: RunFolder, config: RunConfig, threads: int, ranks: Ranks) -> TrainingRun:
     flat, first_moment, second_moment, meta = folder.load_state()
     try:
-        used, among, kernels = int(meta.pop("threads")), int(meta.pop("ranks", 1)), str(meta.pop("kernels"))
+        used, among, kernels = int(meta.pop("threads")), int(meta.pop("ranks", 1)), str(meta.pop("kernels", ""))
         progress = Progress(**meta)
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder.state} is not the state of a training", "train anew") from error

@@ -34,6 +34,8 @@ def on(path: str) -> types.SimpleNamespace:
     return types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
 
 
+@pytest.mark.kernels
+@pytest.mark.plain_python
 @pytest.mark.parametrize("dims", SHAPES, ids=lambda dims: f"{dims['S']}x{dims['D']}x{dims['F']}")
 @pytest.mark.parametrize("path", PATHS)
 def test_every_path_multiplies(path: str, dims: dict[str, int]) -> None:

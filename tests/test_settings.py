@@ -206,11 +206,12 @@ def test_a_task_brings_settings_above_the_preset_and_below_all_else() -> None:
     assert run_config("nano", task, {"model": {"max_position_embeddings": 64}}).model["max_position_embeddings"] == 64
 
 
-def test_the_published_initialisation_stands_for_its_values_unless_they_are_given() -> None:
-    assert run_config("nano", {"init": {"scheme": "ouro"}}).init == InitConfig(
+@pytest.mark.parametrize("preset", PRESETS)
+def test_the_published_initialisation_stands_for_its_values_unless_they_are_given(preset: str) -> None:
+    assert run_config(preset, {"init": {"scheme": "ouro"}}).init == InitConfig(
         scheme="ouro", post_norm=1.0, embedding_std=0.02, weight_std=0.02
     )
-    assert run_config("nano", {"init": {"scheme": "ouro", "post_norm": 0.3}}).init.post_norm == 0.3
+    assert run_config(preset, {"init": {"scheme": "ouro", "post_norm": 0.3}}).init.post_norm == 0.3
 
 
 @pytest.mark.parametrize("preset", PRESETS)
