@@ -88,7 +88,7 @@ def choose(precision: str = "auto", name: str = "") -> Path:
 
 
 def _fastest(precision: str, rates: dict[str, float]) -> Path:
-    """The first that is nearly as fast as the fastest, so that a tie does not fall one way today, the other tomorrow."""
+    """The first that is nearly as fast as the fastest, so that a tie always falls the same way."""
     paths = [path for path in PATHS.values() if path.precision == precision]
     best = max(rates.get(path.name, 0.0) for path in paths)
     return next(path for path in paths if rates.get(path.name, 0.0) >= best / TIE)
