@@ -16,7 +16,7 @@ from looplm import kernels
 from looplm.checkpoint import load_model
 from looplm.errors import VerificationError
 from looplm.kernels.linear import linear_on
-from looplm.kernels.product.select import PATHS, Path
+from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops
@@ -80,6 +80,9 @@ LARGE_PRODUCT = {"B": 2, "S": 550, "D": 805, "F": 53}
 
 def _products() -> Iterator[Check]:
     for path in PATHS.values():
+        if wrong := _not_to_run(path):
+            yield wrong
+            continue
         forward, backward = linear_on(path)
         candidate = types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
         truth = bfloat16.linear if path.precision == "bf16" else ops
@@ -89,13 +92,21 @@ def _products() -> Iterator[Check]:
 
 
 def path_name(path: Path) -> str:
-    """A path as the report calls it, with what it has to do without."""
-    without = f", without {', '.join(path.missing())}" if path.missing() else ""
+    """A path as the report calls it, with the instructions that others have to stand in for."""
+    without = f", emulated without {', '.join(path.missing())}" if path.missing() else ""
     return f"{path.name} ({path.precision}{without})"
+
+
+def _not_to_run(path: Path) -> Check | None:
+    """The check of a path that has been found wrong here already; it may end the process, so it is not run."""
+    fault = measured().faults.get(path.name)
+    return Check(path_name(path), False, [Row(path.name, math.inf, 0.0, fault)]) if fault else None
 
 
 def _training(threads: int) -> Iterator[Check]:
     for path in PATHS.values():
+        if _not_to_run(path):  # said above
+            continue
         rounding = path.precision == "bf16"
         tolerance, truth = (bfloat16.TOLERANCE, bfloat16.Bfloat16LoopLM) if rounding else (judge.TOLERANCE, LoopLM)
         for recompute in RECOMPUTE:
