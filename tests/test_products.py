@@ -157,6 +157,9 @@ def test_rates_are_measured_once(rates: dict[str, float], tmp_path: pathlib.Path
     assert stored == {"rates": first, "faults": {}}
     (tmp_path / "rates.json").write_text("{damaged")
     assert select.measured().rates["panels"] == 1.0
+    (key,) = json.loads((tmp_path / "rates.json").read_text())
+    (tmp_path / "rates.json").write_text(json.dumps({key: {"panels": 2.0}}))
+    assert select.measured().rates["panels"] == 1.0
 
 
 def test_measured_rates_are_rates() -> None:

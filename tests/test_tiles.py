@@ -113,7 +113,7 @@ def test_machine_code_multiplies_right_on_trapped_registers(tmp_path: pathlib.Pa
     calls = report["instructions"]
     if calls:  # a processor with tile registers traps nothing
         assert calls.keys() == set(trapped_tiles.NAMES.values())
-        assert calls["ldtilecfg"] == calls["tilerelease"] == 27
+        assert calls["ldtilecfg"] == calls["tilerelease"] >= 27
         assert calls["tdpbf16ps"] > 1000
 
 

@@ -79,9 +79,10 @@ LARGE_PRODUCT = {"B": 2, "S": 550, "D": 805, "F": 53}
 
 
 def _products() -> Iterator[Check]:
+    faults = measured().faults
     for path in PATHS.values():
-        if wrong := _not_to_run(path):
-            yield wrong
+        if path.name in faults:
+            yield _found_wrong(path, faults[path.name])
             continue
         forward, backward = linear_on(path)
         candidate = types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
@@ -97,16 +98,14 @@ def path_name(path: Path) -> str:
     return f"{path.name} ({path.precision}{without})"
 
 
-def _not_to_run(path: Path) -> Check | None:
-    """The check of a path that has been found wrong here already; it may end the process, so it is not run."""
-    fault = measured().faults.get(path.name)
-    return Check(path_name(path), False, [Row(path.name, math.inf, 0.0, fault)]) if fault else None
+def _found_wrong(path: Path, fault: str) -> Check:
+    """The check of a path that this machine has shown to be wrong; it is not run, it might end the process."""
+    return Check(path_name(path), False, [Row(path.name, math.inf, 0.0, fault)])
 
 
 def _training(threads: int) -> Iterator[Check]:
-    for path in PATHS.values():
-        if _not_to_run(path):  # said above
-            continue
+    faults = measured().faults  # which `_products` reports
+    for path in (path for path in PATHS.values() if path.name not in faults):
         rounding = path.precision == "bf16"
         tolerance, truth = (bfloat16.TOLERANCE, bfloat16.Bfloat16LoopLM) if rounding else (judge.TOLERANCE, LoopLM)
         for recompute in RECOMPUTE:

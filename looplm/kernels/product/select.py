@@ -126,13 +126,14 @@ def measured() -> Measured:
     file = pathlib.Path(folder) / "rates.json" if folder else None
     found = _read(file)
     key = f"{processor()['name']} {' '.join(sorted(features()))}"
-    if key not in found:
+    known = found.get(key)
+    if not isinstance(known, dict) or known.keys() != {"rates", "faults"}:
         paths = [path for path in PATHS.values() if not path.missing()]
         faults = {path.name: fault for path in paths if (fault := fault_here(path))}
         rates = _measure([path for path in paths if path.name not in faults])
-        found[key] = {"rates": rates, "faults": faults}
+        known = found[key] = {"rates": rates, "faults": faults}
         _write(file, found)
-    return Measured(**found[key])
+    return Measured(**known)
 
 
 def _measure(paths: list[Path]) -> dict[str, float]:
@@ -153,7 +154,7 @@ def _measure(paths: list[Path]) -> dict[str, float]:
     return {name: round(3 * 2e-9 * ROWS * n * k / seconds, 1) for name, seconds in best.items()}
 
 
-def _read(file: pathlib.Path | None) -> dict[str, dict[str, Any]]:
+def _read(file: pathlib.Path | None) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
@@ -161,7 +162,7 @@ def _read(file: pathlib.Path | None) -> dict[str, dict[str, Any]]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(file: pathlib.Path | None, rates: dict[str, dict[str, Any]]) -> None:
+def _write(file: pathlib.Path | None, rates: dict[str, Any]) -> None:
     if file is None:
         return
     unfinished = file.with_suffix(f".{time.monotonic_ns()}")
