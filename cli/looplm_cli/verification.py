@@ -16,7 +16,7 @@ from looplm import kernels
 from looplm.checkpoint import load_model
 from looplm.errors import VerificationError
 from looplm.kernels.linear import linear_on
-from looplm.kernels.product.select import PATHS, Path
+from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops
@@ -79,7 +79,11 @@ LARGE_PRODUCT = {"B": 2, "S": 550, "D": 805, "F": 53}
 
 
 def _products() -> Iterator[Check]:
+    faults = measured().faults
     for path in PATHS.values():
+        if path.name in faults:
+            yield _found_wrong(path, faults[path.name])
+            continue
         forward, backward = linear_on(path)
         candidate = types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
         truth = bfloat16.linear if path.precision == "bf16" else ops
@@ -89,13 +93,19 @@ def _products() -> Iterator[Check]:
 
 
 def path_name(path: Path) -> str:
-    """A path as the report calls it, with what it has to do without."""
-    without = f", without {', '.join(path.missing())}" if path.missing() else ""
+    """A path as the report calls it, with the instructions that others have to stand in for."""
+    without = f", emulated without {', '.join(path.missing())}" if path.missing() else ""
     return f"{path.name} ({path.precision}{without})"
 
 
+def _found_wrong(path: Path, fault: str) -> Check:
+    """The check of a path that this machine has shown to be wrong; it is not run, it might end the process."""
+    return Check(path_name(path), False, [Row(path.name, math.inf, 0.0, fault)])
+
+
 def _training(threads: int) -> Iterator[Check]:
-    for path in PATHS.values():
+    faults = measured().faults  # which `_products` reports
+    for path in (path for path in PATHS.values() if path.name not in faults):
         rounding = path.precision == "bf16"
         tolerance, truth = (bfloat16.TOLERANCE, bfloat16.Bfloat16LoopLM) if rounding else (judge.TOLERANCE, LoopLM)
         for recompute in RECOMPUTE:
