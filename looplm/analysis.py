@@ -76,13 +76,13 @@ def inspect(
     if target is None:
         target = next_token_target(input_ids)
     shape = trace.hidden.shape[:3]
-    kept = min(top_k, weights.head.shape[0])
+    kept = min(top_k, weights.config.vocab_size)
     top_ids, top_prob = np.empty((*shape, kept), np.int64), np.empty((*shape, kept), np.float32)
     loss, kl_to_last = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rank = np.empty(shape, np.int64)
     views = [_by_position(array) for array in (top_ids, top_prob, loss, rank, kl_to_last)]
     states, targets = _by_position(trace.hidden), target.reshape(-1)
-    chunk = max(1, LOGIT_CHUNK // weights.head.shape[0])
+    chunk = max(1, LOGIT_CHUNK // weights.config.vocab_size)
     for begin in range(0, targets.size, chunk):
         part = slice(begin, begin + chunk)
         last = _log_softmax(states[-1, part], weights)
@@ -100,7 +100,7 @@ def inspect(
         loss=loss,
         rank=rank,
         kl_to_last=kl_to_last,
-        change=_relative_change(trace.hidden, weights.embedding[input_ids]),
+        change=_relative_change(trace.hidden, weights.embedded(input_ids)),
         hazard=trace.hazard,
         exit_prob=trace.exit_prob,
         exit_cdf=trace.exit_cdf,
@@ -115,7 +115,7 @@ def _by_position(array: Array) -> Array:
 
 def _log_softmax(states: Floats, weights: Weights) -> Array:
     """ND -> NV, float64: a KL divergence of nearly equal predictions is a small difference."""
-    logits = np.matmul(states, weights.head.T).astype(np.float64)
+    logits = weights.logits(states).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return logits

@@ -124,7 +124,7 @@ def _pack_left(tiles, dy, first_row, rows, first_column, columns):
 
 
 @njit
-def _rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
+def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
     whole = rows // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
         left, into = x_at + row * x_row, y_at + row * y_row
@@ -149,10 +149,10 @@ def _multiply(y, x, panels, edge):
             length, x_at, more = min(run, depth - k), begin * depth + k, 1 if k else 0
             for p in range(full):
                 y_at, panel_at = begin * columns + p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
-                _rows_times_panel(y_flat, y_at, columns, x_flat, x_at, depth, count, flat, panel_at, length, more)
+                rows_times_panel(y_flat, y_at, columns, x_flat, x_at, depth, count, flat, panel_at, length, more)
             if full < panels.shape[0]:
                 panel_at = (full * depth + k) * TILE_COLUMNS
-                _rows_times_panel(edge, 0, TILE_COLUMNS, x_flat, x_at, depth, count, flat, panel_at, length, more)
+                rows_times_panel(edge, 0, TILE_COLUMNS, x_flat, x_at, depth, count, flat, panel_at, length, more)
         if full < panels.shape[0]:
             first = full * TILE_COLUMNS
             for row in range(count):
