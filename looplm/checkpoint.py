@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .model_files import (
     CONFIG,
     EMBEDDING,
+    GATE,
     INDEX,
     PROVENANCE,
     TOKENIZER,
@@ -34,7 +35,6 @@ from .quantization import KEY, Quantized
 from .safetensors_file import TensorFile, tensors_content
 from .weights import Weights, parameter_count, parameter_table
 
-GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
 PREVIOUS_GATE = "previous_gate.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 

@@ -14,9 +14,10 @@ import numpy as np
 from . import __version__
 from .arrays import Array, Floats
 from .atomic import Content, make_folder, replace_files
+from .config import ModelConfig
 from .errors import CheckpointError, UsageError
-from .model_files import CONFIG, EMBEDDING, PROVENANCE, WEIGHTS, ModelFiles, read_json, stored_tensors
-from .quantization import CHUNK, KEY, Quantization, Quantized, quantize_matrix
+from .model_files import CONFIG, EMBEDDING, GATE, PROVENANCE, WEIGHTS, ModelFiles, read_json, stored_tensors
+from .quantization import CHUNK, KEY, Quantization, Quantized, quantize_matrix, scale_name
 from .safetensors_file import round_to_bfloat16, streamed_content
 from .threads import run_all, shards
 from .weights import Parameter, parameter_count, parameter_table
@@ -53,14 +54,10 @@ def quantize_folder(
     folder, quantization = pathlib.Path(out_dir), Quantization(fmt)
     check_source(files)
     check_new_folder(folder)
-    contents: dict[pathlib.Path, Content] = {
-        folder / name: (files.folder / name).read_bytes() for name in BESIDE if (files.folder / name).is_file()
-    }
-    layout = {
-        name: (code or ("BF16" if name == EMBEDDING else "F32"), shape)
-        for name, (code, shape) in stored_tensors(files.config, quantization).items()
-    }
-    contents[folder / WEIGHTS] = streamed_content(layout, lambda: _pieces(files, quantization, threads, progress))
+    contents: dict[pathlib.Path, Content] = {folder / name: text for name, text in _beside(files.folder).items()}
+    contents[folder / WEIGHTS] = streamed_content(
+        _layout(files.config, quantization), lambda: _pieces(files, quantization, threads, progress)
+    )
     contents[folder / PROVENANCE] = _json(_provenance(files, fmt))
     # Last: only a folder that has it counts as a model.
     contents[folder / CONFIG] = _json(read_json(files.folder / CONFIG) | {KEY: quantization.json(files.config)})
@@ -91,12 +88,38 @@ def check_new_folder(folder: pathlib.Path) -> None:
         raise UsageError(f"{folder} exists already", "name a new folder: nothing is overwritten")
 
 
+def _beside(folder: pathlib.Path) -> dict[str, bytes]:
+    found = {}
+    for name in BESIDE:
+        try:
+            found[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            cure = "check the path and its permissions"
+            raise CheckpointError(f"cannot read {folder / name}: {error.strerror}", cure) from error
+    return found
+
+
+def _in_order(config: ModelConfig) -> list[Parameter]:
+    """The gate, with its single bias, goes last: all codes then start on a cache line, whatever the width is."""
+    return sorted(parameter_table(config), key=lambda parameter: parameter.name in GATE)
+
+
+def _layout(config: ModelConfig, quantization: Quantization) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Type and shape of every tensor in the file, in order."""
+    stored = stored_tensors(config, quantization)
+    names = [name for p in _in_order(config) for name in (p.name, scale_name(p.name)) if name in stored]
+    floats = {name: "BF16" if name == EMBEDDING else "F32" for name in names}
+    return {name: (stored[name][0] or floats[name], stored[name][1]) for name in names}
+
+
 def _pieces(
     files: ModelFiles, quantization: Quantization, threads: int, progress: Callable[[int, int], None]
 ) -> Iterator[Array]:
-    """The data of all tensors in the order of `stored_tensors`; a matrix's scales wait until its codes are written."""
+    """The data of all tensors in the order of the file; a matrix's scales wait until its codes are written."""
     done, total = 0, parameter_count(files.config)
-    for parameter in parameter_table(files.config):
+    for parameter in _in_order(files.config):
         kind = quantization.format_of(parameter.name)
         scales = []
         for rows in _chunks(parameter.shape):

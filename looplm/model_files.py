@@ -23,6 +23,7 @@ if TYPE_CHECKING:  # importing the tokenizer library costs 40 ms
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER, PROVENANCE = "config.json", "tokenizer.json", "looplm.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz")
 OTHER_MODEL = "config.json and the weights belong to different models: copy the folder again"
 

@@ -19,7 +19,7 @@ from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path
 from looplm.settings import RECOMPUTE
 from looplm_cli.engine_candidate import EngineCandidate
-from looplm_cli.quantized_candidates import CANDIDATES, engine_rounding
+from looplm_cli.quantized_engine import CANDIDATES, engine_rounding
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
 from looplm_reference.contract import Row
 from looplm_reference.model import LoopLM
