@@ -12,6 +12,7 @@ from .exits import LearnedGate
 from .generation import Session
 from .kernels.product.select import PATHS, measured_rates
 from .objectives import StageTwo
+from .quantization import FORMATS, quantize_matrix
 from .settings import InitConfig, TrainConfig
 from .training import Trainer
 from .weights import initialise
@@ -49,3 +50,6 @@ def compile_everything() -> Iterator[str]:
     session.advance(np.zeros((1, 1), np.int64), rule)
     inspect(weights, np.zeros((1, 8), np.int64))
     yield "generation and inspection"
+    for fmt in FORMATS:
+        quantize_matrix(weights.head, fmt)
+    yield "quantization"

@@ -19,7 +19,8 @@ from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path
 from looplm.settings import RECOMPUTE
 from looplm_cli.engine_candidate import EngineCandidate
-from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops
+from looplm_cli.quantized_engine import CANDIDATES, engine_rounding
+from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
 from looplm_reference.contract import Row
 from looplm_reference.model import LoopLM
 
@@ -62,6 +63,8 @@ def sections(threads: int) -> list[Section]:
         Section("model mutants", "mistakes made in the whole model on purpose", _model_mutants(), mutants=True),
         Section("training", "every gradient, on every path, with and without recomputation", _training(threads)),
         Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
+        Section("quantized", "int8 and int4 weights, against what they stand for", _quantized()),
+        Section("quantized mutants", "mistakes made in reading such weights", _quantized_mutants(), mutants=True),
     ]
 
 
@@ -108,6 +111,19 @@ def _bfloat16_mutants() -> Iterator[Check]:
     for name, (products, in_model) in bfloat16.MUTANTS.items():
         rows = [row for row in bfloat16.first_failures(products, in_model) if row is not None]
         yield Check(name, len(rows) == 1 + in_model, rows)
+
+
+def _quantized() -> Iterator[Check]:
+    for fmt in quantized_judge.FORMATS:
+        yield _compared(f"{fmt}: rounding", list(quantized_judge.compare_rounding(engine_rounding, fmt)))
+        for candidate in CANDIDATES:
+            yield _compared(f"{fmt}: {candidate.name}", list(quantized_judge.compare(candidate, fmt)))
+
+
+def _quantized_mutants() -> Iterator[Check]:
+    for mutant in quantized_judge.MUTANTS:
+        rows = quantized_judge.first_failures(mutant)
+        yield Check(f"{mutant.format}: {mutant.name}", len(rows) == 2, rows)  # by products, and by a whole model
 
 
 def _op_mutants() -> Iterator[Check]:

@@ -1,0 +1,49 @@
+"""Who computes with quantized weights, in the seats of looplm_reference.quantized_judge."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from looplm import model
+from looplm.arrays import Array, Floats
+from looplm.config import model_config_from_json
+from looplm.quantization import Quantized, quantize_matrix
+from looplm.safetensors_file import round_to_bfloat16, widen_bfloat16
+from looplm.weights import Weights
+from looplm_reference.quantize import Stored
+from looplm_reference.quantized_judge import Candidate
+
+
+def quantized(stored: Stored) -> Quantized:
+    """The engine's form of a stored matrix."""
+    return Quantized(stored.format, stored.shape, stored.codes, round_to_bfloat16(stored.scales.astype(np.float32)))
+
+
+def engine_rounding(weight: Floats, fmt: str) -> Stored:
+    """The engine's quantize_matrix, as the judge wants to see it."""
+    made = quantize_matrix(weight, fmt)
+    return Stored(made.format, made.shape, made.codes, widen_bfloat16(made.scales).astype(np.float64))
+
+
+class Widened:
+    """Weights widened to float32 when they are read, then as any other: what all commands do with a loaded model."""
+
+    name = "widened to float32"
+
+    def product(self, x: Floats, stored: Stored) -> Array:
+        y: Array = x @ quantized(stored).dequantize().T
+        return y
+
+    def forward(self, stored: Mapping[str, Any], config: Mapping[str, Any], input_ids: Array) -> Mapping[str, Array]:
+        tensors = {
+            name: quantized(value).dequantize() if isinstance(value, Stored) else np.asarray(value, np.float32)
+            for name, value in stored.items()
+        }
+        weights = Weights.from_tensors(model_config_from_json(config, "the judge's model"), tensors)
+        trace = model.forward(weights, input_ids)
+        logits = np.stack([trace.logits(r) for r in range(len(trace.hidden))])
+        return {"hidden": trace.hidden, "logits": logits}
+
+
+CANDIDATES: tuple[Candidate, ...] = (Widened(),)
