@@ -12,8 +12,10 @@ import numpy as np
 
 from .arrays import Array, Floats, Ints
 from .data import Batch
+from .generation import Session
 from .kernels import exit_distribution_forward, exit_loop
-from .model import LOGIT_CHUNK, Trace, forward
+from .model import LOGIT_CHUNK, Readable, Trace, forward
+from .stored import StoredWeights
 from .threads import run_all, shards
 from .weights import Weights
 
@@ -59,7 +61,7 @@ def next_token_target(input_ids: Ints) -> Ints:
 
 
 def inspect(
-    weights: Weights,
+    weights: Weights | StoredWeights,
     input_ids: Ints,
     target: Ints | None = None,
     *,
@@ -72,7 +74,11 @@ def inspect(
 
     `target` defaults to the next token.  Ids must be below vocab_size.
     """
-    trace = forward(weights, input_ids, loops=loops, threads=threads)
+    if isinstance(weights, StoredWeights):
+        session = Session(weights, batch=len(input_ids), loops=loops, capacity=input_ids.shape[1], threads=threads)
+        trace = session.feed(input_ids)
+    else:
+        trace = forward(weights, input_ids, loops=loops, threads=threads)
     if target is None:
         target = next_token_target(input_ids)
     shape = trace.hidden.shape[:3]
@@ -113,7 +119,7 @@ def _by_position(array: Array) -> Array:
     return array.reshape(array.shape[0], -1, *array.shape[3:])
 
 
-def _log_softmax(states: Floats, weights: Weights) -> Array:
+def _log_softmax(states: Floats, weights: Readable) -> Array:
     """ND -> NV, float64: a KL divergence of nearly equal predictions is a small difference."""
     logits = weights.logits(states).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)

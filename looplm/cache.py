@@ -20,6 +20,7 @@ from .kernels.streams import BFLOAT16, FLOAT32
 Policy = Literal["last-exited", "full"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
 KeyValueType = Literal["float32", "bfloat16"]
+KEY_VALUE_TYPES: tuple[KeyValueType, ...] = get_args(KeyValueType)
 
 
 class KeyValueCache:

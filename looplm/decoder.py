@@ -28,6 +28,8 @@ class Decoder:
         self.embedded = aligned_empty((rows, config.hidden_size))
         self.states = aligned_empty((cache.loops, rows, config.hidden_size))
         self.gate_logit = aligned_empty((cache.loops, rows))
+        at = [self.embedded.ctypes.data, *(state.ctypes.data for state in self.states)]  # asking takes a microsecond
+        self._of_loop = [(at[r], at[r + 1], gate.ctypes.data) for r, gate in enumerate(self.gate_logit)]
         self._plan = np.zeros(field.FIRST_LAYER + config.num_hidden_layers * field.LAYER_SIZE, np.int64)
         self._constants = np.array([config.rms_norm_eps])
         self._set_model()
@@ -36,17 +38,13 @@ class Decoder:
 
     def run_loop(self, r: int, batch: int, length: int) -> None:
         """Loop r of B x S positions that follow those in the cache.  Loop 0 starts from `embedded`."""
-        x = self.states[r - 1] if r else self.embedded
-        out, gate_logit = self.states[r], self.gate_logit[r]
         self._plan[: field.GATE_LOGIT + 1] = (
             field.RUN_LOOP,
             self._cache.first_slot(r),
             batch,
             length,
             self._cache.filled,
-            x.ctypes.data,
-            out.ctypes.data,
-            gate_logit.ctypes.data,
+            *self._of_loop[r],
         )
         self._team.run(self._plan)
 

@@ -16,13 +16,16 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .errors import DataError, UsageError
 from .exits import ExitRule, exit_index
+from .memory import GIB, SHARE, available_memory, resident
 from .model import Trace
 from .sampling import Sampling, choose
+from .sizes import key_value_bytes
 from .stored import StoredWeights
-from .threads import team
+from .threads import available_threads, team
 from .weights import Weights
 
 PREFILL_ROWS = 256  # positions at a time: bounds the scratch memory of a long prompt
+WORTH_SHARING = 1 << 20  # bytes read for a token from which on threads gain
 PREALLOCATED = 1024  # new positions the cache has room for from the start; a longer text makes it grow
 
 Finish = Literal["stop token", "max_new_tokens", "context full"]
@@ -147,6 +150,22 @@ class Generated:
     finish: Finish | None = None
 
 
+def useful_threads(weights: StoredWeights) -> int:
+    """All cores, unless the model is so small that threads would spend their time waiting for each other."""
+    return available_threads() if weights.bytes_per_token >= WORTH_SHARING else 1
+
+
+def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
+    """Raises: DataError if keys and values of so many positions do not fit into the memory there is."""
+    available, needed = available_memory(), positions * key_value_bytes(config, loops, kv_dtype)
+    if available is not None and needed > SHARE * (available - (resident() or 0)):
+        raise DataError(
+            f"keys and values of {positions} tokens in {loops} loops take {needed / GIB:.1f} GiB in {kv_dtype}, more "
+            f"than {SHARE:.0%} of the {(available - (resident() or 0)) / GIB:.1f} GiB free",
+            "ask for fewer tokens or loops" + (", or keep them in bfloat16" if kv_dtype == "float32" else ""),
+        )
+
+
 def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
     """Raises: DataError if a prompt is empty, longer than the context, or holds an id outside the vocabulary."""
     if not prompt_ids.size:
@@ -182,11 +201,12 @@ def generate(
     The prompt runs all loops; the same rule then says which of them its last position is read from.  Every new token
     stops looping when the rule says so.  A token of `stop_ids` is given out, as the last.
 
-    Raises: DataError, before anything runs, if the prompt does not fit the model.
+    Raises: DataError, before anything runs, if the prompt does not fit the model, or its keys and values the memory.
     """
     check_prompt(prompt_ids, weights.config)
     chosen = Sampling() if sampling is None else sampling
     config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
+    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
     capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
     session = Session(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
     return _generate(session, prompt_ids, rule, rng, chosen, max_new_tokens, frozenset(stop_ids))

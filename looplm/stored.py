@@ -12,16 +12,18 @@ import numpy as np
 
 from .arrays import Array, Floats, Ints, aligned_empty
 from .config import ModelConfig
+from .errors import CheckpointError
 from .kernels.product.stored import multiply, multiply_into, scratch_size, widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
+from .quantization import Quantization, Quantized, quantize_matrix
 from .safetensors_file import round_to_bfloat16
 from .threads import run_all, shards
 from .weights import Weights, parameter_table
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
 FORMATS: tuple[Format, ...] = get_args(Format)
-KINDS = dict(zip(FORMATS, (FLOAT32, BFLOAT16, INT8, INT4), strict=True))
+KINDS: dict[str, int] = dict(zip(FORMATS, (FLOAT32, BFLOAT16, INT8, INT4), strict=True))
 LAYER_PARTS = (  # in the order of a plan
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -43,7 +45,7 @@ LAYER_NORMS = (
 class StoredMatrix:
     """N x K numbers.  `codes`: float32, bfloat16 bits (uint16), or integers; these have `scales`, bfloat16 bits."""
 
-    format: Format
+    format: str  # one of FORMATS
     shape: tuple[int, int]
     codes: Array
     scales: Array | None = None
@@ -120,26 +122,47 @@ def is_matrix(name: str) -> bool:
     return "norm" not in name and "early_exit_gate" not in name
 
 
-def convert(values: Floats, wanted: Format) -> StoredMatrix:
-    """A matrix N x K in another format."""
+def convert(values: Floats, wanted: str, name: str = "the matrix") -> StoredMatrix:
+    """A matrix N x K in a format.  Raises: CheckpointError for integers of what is not finite."""
+    if wanted in ("int8", "int4"):
+        return _quantized(quantize_matrix(values, wanted, name))
     shape = (values.shape[0], values.shape[1])
-    if wanted == "bfloat16":
-        return StoredMatrix(wanted, shape, round_to_bfloat16(values))
-    return StoredMatrix("float32", shape, values)
+    return StoredMatrix(wanted, shape, round_to_bfloat16(values) if wanted == "bfloat16" else values)
 
 
-def read_stored(files: ModelFiles, wanted: Format | None = None) -> StoredWeights:
-    """The weights of a model folder as they are stored there, mapped; or converted, one matrix after the other."""
+def _quantized(found: Quantized) -> StoredMatrix:
+    return StoredMatrix(found.format, found.shape, found.codes, found.scales)
+
+
+def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
+    """The weights of a model folder as they are stored there, mapped; or converted, one matrix after the other.
+
+    In the integer formats the head is int8, and the embedding keeps its own format.
+
+    Raises: CheckpointError if another format is wanted of weights that are integers already.
+    """
+    if files.quantization and wanted not in (None, files.quantization.format):
+        raise CheckpointError(
+            f"{files.folder} holds {files.quantization.format} weights, which cannot become {wanted}",
+            "use them as they are, or the folder that they were made from",
+        )
     matrices: dict[str, StoredMatrix] = {}
     floats: dict[str, Floats] = {}
-    for parameter in parameter_table(files.config):
-        name, file = parameter.name, files.stored_in[parameter.name]
+    to_integers = Quantization(wanted) if wanted in ("int8", "int4") and not files.quantization else None
+    for name in (parameter.name for parameter in parameter_table(files.config)):
         if not is_matrix(name):
-            floats[name] = file.floats(name)
+            floats[name] = files.stored_in[name].floats(name)
             continue
-        stored = file.stored(name)
-        if stored.dtype == np.uint16 and wanted in (None, "bfloat16"):
-            matrices[name] = StoredMatrix("bfloat16", (stored.shape[0], stored.shape[1]), stored)
+        stored = files.stored_matrix(name)
+        if isinstance(stored, Quantized):
+            matrices[name] = _quantized(stored)
+            continue
+        own = "bfloat16" if stored.dtype == np.uint16 else "float32"
+        into = own if wanted is None or files.quantization else wanted
+        if to_integers:
+            into = to_integers.format_of(name) or own
+        if into == own == "bfloat16":
+            matrices[name] = StoredMatrix(own, (stored.shape[0], stored.shape[1]), stored)
         else:
-            matrices[name] = convert(file.floats(name), wanted or "float32")
+            matrices[name] = convert(files.stored_in[name].floats(name), into, name)
     return StoredWeights(files.config, matrices, floats)

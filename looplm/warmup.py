@@ -45,7 +45,7 @@ def compile_everything() -> Iterator[str]:
     seen = observe(weights, source.validation(), 64)
     fit_gate(Gate(weights.gate_weight, weights.gate_bias), seen, StageTwo(), CalibrateConfig(steps=1))
     yield "calibration"
-    session, rule = Session(weights), LearnedGate(0.5)
+    session, rule = Session(weights, threads=2), LearnedGate(0.5)
     session.feed(np.zeros((1, 8), np.int64))
     session.advance(np.zeros((1, 1), np.int64), rule)
     inspect(weights, np.zeros((1, 8), np.int64))

@@ -6,17 +6,21 @@ import pathlib
 import numpy as np
 import pytest
 
+from looplm.cache import KeyValueType
 from looplm.checkpoint import save_model
+from looplm.conversion import quantize_folder
+from looplm.errors import CheckpointError
 from looplm.exits import LearnedGate
 from looplm.generation import Session, generate
 from looplm.kernels.product.stored import FEW_ROWS
 from looplm.model import forward
 from looplm.model_files import open_model
 from looplm.sampling import GREEDY
-from looplm.stored import FORMATS, Format, StoredMatrix, StoredWeights, read_stored
+from looplm.sizes import key_value_bytes
+from looplm.stored import FORMATS, Format, StoredMatrix, StoredWeights, convert, read_stored
 from looplm.weights import Weights
 from random_models import CONFIG, random_ids, random_weights, relative_error
-from stored_models import in_format, stored
+from stored_models import in_format
 
 # Float formats differ by the order of sums; in the integer ones x is rounded to 16 bits, to a scale per group.
 PRODUCT_TOLERANCE: dict[Format, float] = {"float32": 1e-6, "bfloat16": 1e-6, "int8": 1e-4, "int4": 1e-4}
@@ -40,7 +44,7 @@ def random_matrix(shape: tuple[int, int], seed: int = 0) -> np.ndarray:
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @every_format
 def test_products_in_every_format(name: Format, shape: tuple[int, int], rows: int) -> None:
-    matrix, x = stored(random_matrix(shape), name), random_matrix((rows, shape[1]), seed=1)
+    matrix, x = convert(random_matrix(shape), name), random_matrix((rows, shape[1]), seed=1)
     weight = matrix.rows(np.arange(shape[0])).astype(np.float64)
     assert relative_error(matrix.multiply(x), x @ weight.T) < PRODUCT_TOLERANCE[name]
 
@@ -48,10 +52,10 @@ def test_products_in_every_format(name: Format, shape: tuple[int, int], rows: in
 @every_format
 def test_codes_stand_for_what_the_format_says(name: Format) -> None:
     values = random_matrix((5, 130))
-    found = stored(values, name).rows(np.arange(5))
+    found = convert(values, name).rows(np.arange(5))
     assert relative_error(found, values) < {"float32": 0.0, "bfloat16": 3e-3, "int8": 1e-2, "int4": 0.15}[name] + 1e-12
     if name in ("int8", "int4"):  # the layout once more, number by number
-        matrix = stored(values, name)
+        matrix = convert(values, name)
         row, column = 3, 97
         group = 64 if name == "int8" else 32
         scale = (matrix.scales[row, column // group].astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -85,14 +89,14 @@ def wrong(matrix: StoredMatrix, mistake: str) -> StoredMatrix:
     ],
 )
 def test_wrong_layouts_are_noticed(name: Format, mistake: str) -> None:
-    matrix, x = stored(random_matrix((9, 200)), name), random_matrix((1, 200), seed=1)
+    matrix, x = convert(random_matrix((9, 200)), name), random_matrix((1, 200), seed=1)
     expected = x @ matrix.rows(np.arange(9)).astype(np.float64).T
     assert relative_error(wrong(matrix, mistake).multiply(x), expected) > 1e-2
 
 
 @every_format
 def test_a_row_does_not_depend_on_other_rows_or_threads(name: Format) -> None:
-    matrix, x = stored(random_matrix((70, 200)), name), random_matrix((16, 200), seed=1)
+    matrix, x = convert(random_matrix((70, 200)), name), random_matrix((16, 200), seed=1)
     alone = np.concatenate([matrix.multiply(row[None]) for row in x])
     for rows in (2, 3, 5, 16):
         np.testing.assert_array_equal(matrix.multiply(x[:rows], threads=1), alone[:rows])
@@ -105,7 +109,7 @@ def test_a_row_does_not_depend_on_other_rows_or_threads(name: Format) -> None:
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 @pytest.mark.parametrize("columns", [1, 7, 15, 17, 31, 63])
 def test_nothing_is_read_beyond_a_row(name: Format, columns: int) -> None:
-    matrix, x = stored(random_matrix((6, columns)), name), random_matrix((1, columns), seed=1)
+    matrix, x = convert(random_matrix((6, columns)), name), random_matrix((1, columns), seed=1)
     poisoned = (
         np.full((7, columns), np.nan, np.float32) if name == "float32" else np.full((7, columns), 0x7FC0, np.uint16)
     )
@@ -182,15 +186,18 @@ def test_greedy_text_does_not_depend_on_how_it_was_made(name: Format, monkeypatc
         ids.append(token)
 
 
-def test_a_bfloat16_cache_is_half_as_large_and_nearly_as_good() -> None:
-    weights, widened = in_format("float32")
+@pytest.mark.parametrize("channels", [6, 40])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16"])
+def test_the_cache_may_hold_bfloat16(channels: int, kv_dtype: KeyValueType) -> None:
+    weights, widened = in_format("float32", random_weights(dataclasses.replace(CONFIG, head_dim=channels)))
     ids = random_ids(2, 30)
     expected = forward(widened, ids).hidden
+    least, most = {"float32": (0.0, 1e-5), "bfloat16": (1e-5, 3e-2)}[kv_dtype]
     for prefix in (0, 26, 30):
-        found = decoded(weights, ids, prefix, kv_dtype="bfloat16")
-        assert 1e-5 < relative_error(found, expected) < 2e-2
-    sessions = [Session(weights, kv_dtype=dtype) for dtype in ("float32", "bfloat16")]
-    assert sessions[0].cache.keys.nbytes == 2 * sessions[1].cache.keys.nbytes
+        assert least < relative_error(decoded(weights, ids, prefix, kv_dtype=kv_dtype), expected) < most
+    session = Session(weights, kv_dtype=kv_dtype)
+    positions = session.cache.keys.nbytes + session.cache.values.nbytes
+    assert positions == session.cache.capacity * key_value_bytes(weights.config, CONFIG.total_ut_steps, kv_dtype)
 
 
 # ---- folders
@@ -216,7 +223,26 @@ def test_a_folder_may_be_read_in_another_format(tmp_path: pathlib.Path) -> None:
     weights = random_weights()
     save_model(tmp_path, weights, None, None, {})
     files = open_model(tmp_path)
-    for name, size in (("float32", 4), ("bfloat16", 2)):
+    for name in FORMATS:
         found = read_stored(files, name)
-        assert {matrix.format for matrix in found.matrices.values()} == {name}
-        assert found.nbytes == pytest.approx(size * sum(w.size for w in weights.tensors.values()), rel=0.05)
+        formats = {tensor: matrix.format for tensor, matrix in found.matrices.items()}
+        head, embedding = formats.pop("lm_head.weight"), formats.pop("model.embed_tokens.weight")
+        assert set(formats.values()) == {name}
+        assert head == ("int8" if name == "int4" else name)
+        assert embedding == ("bfloat16" if name == "bfloat16" else "float32")
+        for tensor, matrix in found.matrices.items():
+            values = weights.tensors[tensor]
+            assert relative_error(matrix.rows(np.arange(len(values))), values) < 0.2
+
+
+def test_a_quantized_folder_is_mapped_and_stays_what_it_is(tmp_path: pathlib.Path) -> None:
+    save_model(tmp_path / "floats", random_weights(), None, None, {})
+    quantize_folder(open_model(tmp_path / "floats"), tmp_path / "int4", "int4")
+    files = open_model(tmp_path / "int4")
+    found, converted = read_stored(files), read_stored(open_model(tmp_path / "floats"), "int4")
+    for name, matrix in found.matrices.items():
+        assert matrix.codes.base is not None
+        np.testing.assert_array_equal(matrix.codes, converted.matrices[name].codes)
+    assert text(found, random_ids(6)) == text(converted, random_ids(6))
+    with pytest.raises(CheckpointError, match="int4 weights, which cannot become bfloat16"):
+        read_stored(files, "bfloat16")

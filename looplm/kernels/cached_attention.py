@@ -8,7 +8,7 @@ from .attention import _attend
 from .intrinsics import exp32
 from .jit import Routine, njit
 from .product.stored import FEW_ROWS, call_multiply, row_bytes
-from .streams import BFLOAT16, FLOAT32
+from .streams import BFLOAT16, CHANNEL_BLOCK, FLOAT32, weighted_bfloat16, weighted_float32
 
 _ZERO, _ONE, _SIXTEEN = np.float32(0.0), np.float32(1.0), np.uint32(16)
 
@@ -43,18 +43,24 @@ def _append(kind, cache, at, source, count):
 
 @njit
 def _add_weighted(kind, values, keys, channels, weight, out):
-    """out = sum over keys of weight times value."""
-    out[:] = _ZERO
-    for j in range(keys):
-        factor = weight[j]
+    """out[c] = sum over keys of weight times value.  values, weight, out: addresses."""
+    item = 4 if kind == FLOAT32 else 2
+    whole = channels // CHANNEL_BLOCK * CHANNEL_BLOCK
+    for c in range(0, whole, CHANNEL_BLOCK):
         if kind == FLOAT32:
-            value = floats_at(values + 4 * j * channels, channels)
-            for c in range(channels):
-                out[c] += factor * value[c]
+            weighted_float32(values + item * c, item * channels, weight, keys, out + 4 * c)
         else:
-            words = words_at(values + 2 * j * channels, channels)
-            for c in range(channels):
-                out[c] += factor * np.uint32(np.uint32(words[c]) << _SIXTEEN).view(np.float32)
+            weighted_bfloat16(values + item * c, item * channels, weight, keys, out + 4 * c)
+    factors, sums = floats_at(weight, keys), floats_at(out, channels)
+    for c in range(whole, channels):
+        total = _ZERO
+        for j in range(keys):
+            at = values + item * (j * channels + c)
+            if kind == FLOAT32:
+                total += factors[j] * floats_at(at, 1)[0]
+            else:
+                total += factors[j] * np.uint32(np.uint32(words_at(at, 1)[0]) << _SIXTEEN).view(np.float32)
+        sums[c] = total
 
 
 @njit
@@ -64,9 +70,9 @@ def _attend_few(plan, own, slot, b, g, row, keys):
     first = longs_at(plan[field.START], plan[field.BATCH])[b]
     per_group, total, count = heads // groups, heads + 2 * groups, keys - first
     query = plan[field.QKV] + 4 * channels * (row * total + g * per_group)
-    out = floats_at(plan[field.ATTENTION] + 4 * channels * (row * heads + g * per_group), per_group * channels)
+    out = plan[field.ATTENTION] + 4 * channels * (row * heads + g * per_group)
     if count <= 0:
-        out[:] = _ZERO
+        floats_at(out, per_group * channels)[:] = _ZERO
         return
     size = row_bytes(kind, channels)
     place = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + first
@@ -87,14 +93,8 @@ def _attend_few(plan, own, slot, b, g, row, keys):
         inverse = _ONE / sum_of_all
         for j in range(count):
             weight[j] *= inverse
-        _add_weighted(
-            kind,
-            plan[field.VALUES] + place * size,
-            count,
-            channels,
-            weight,
-            out[head * channels : (head + 1) * channels],
-        )
+        values, into = plan[field.VALUES] + place * size, out + 4 * head * channels
+        _add_weighted(kind, values, count, channels, scores + 4 * head * stride, into)
 
 
 @njit

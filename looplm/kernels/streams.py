@@ -25,6 +25,8 @@ from .vectors import WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 BLOCK = 4  # weight rows that are read side by side
+AHEAD = 2048  # bytes: the least distance at which lines are asked for
+CHANNEL_BLOCK = 32  # channels of values that are summed at once
 CODES = 16  # 16-bit integers that are multiplied at once
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -57,6 +59,13 @@ def _plus(builder, address, offset):
 def _function(builder, name, result, arguments):
     existing = builder.module.globals.get(name)
     return existing or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def _prefetch(builder, address):
+    """Ask for a cache line that will be read soon: processors foresee a row, but not where the next one begins."""
+    kinds = [_I8.as_pointer(), _I32, _I32, _I32]
+    function = _function(builder, "llvm.prefetch.p0", ir.VoidType(), kinds)
+    builder.call(function, [builder.inttoptr(address, kinds[0]), _I32(0), _I32(3), _I32(1)])
 
 
 def _multiply_add(builder, left, right, total):
@@ -118,13 +127,15 @@ def _float_columns(builder, sums, weights, lines, scales, index):
             sums.multiply_add((i, j), 0, _at(builder, weight, x.type), x)
 
 
+def _halves(builder, words):
+    """The even and the odd bfloat16 numbers of a line of words, as floats."""
+    even, odd = builder.shl(words, _constant(words.type, 16)), builder.and_(words, _constant(words.type, -65536))
+    return [builder.bitcast(half, _vector(_F32, words.type.count)) for half in (even, odd)]
+
+
 def _bfloat_columns(builder, sums, weights, lines, scales, index):
     words, floats = _vector(_I32, WIDTH), _vector(_F32, WIDTH)
-    halves = []
-    for weight in weights:
-        bits = _at(builder, weight, words)
-        even, odd = builder.shl(bits, _constant(words, 16)), builder.and_(bits, _constant(words, -65536))
-        halves.append([builder.bitcast(half, floats) for half in (even, odd)])
+    halves = [_halves(builder, _at(builder, weight, words)) for weight in weights]
     for which in (0, 1):
         for i, x in enumerate(lines):
             x = _at(builder, _plus(builder, x, 4 * WIDTH * which), floats)
@@ -193,9 +204,13 @@ def _emit_stream(kind, x_rows, w_rows, context, builder, values):
     more = {}
     if kind == INT4:
         more["starts"] = [builder.add(line, builder.mul(columns, _I64(2))) for line in lines]
+    ahead = builder.mul(w_step, _I64(w_rows))
+    ahead = builder.select(builder.icmp_signed("<", ahead, _I64(AHEAD)), _I64(AHEAD), ahead)
     with cgutils.for_range(builder, whole, intp=_I64) as loop:
         here = [builder.add(weight, builder.mul(loop.index, _I64(_BYTES[kind]))) for weight in weights]
         there = [builder.add(line, builder.mul(loop.index, _I64(_X_BYTES[kind]))) for line in lines]
+        for weight in here:
+            _prefetch(builder, builder.add(weight, ahead))
         _STEPS[kind](builder, sums, here, there, scales, loop.index, **more)
     if kind in (FLOAT32, BFLOAT16):
         _emit_rest(kind, context, builder, sums, weights, lines, whole, columns)
@@ -273,6 +288,56 @@ def _dot_int4(w, x, scales, columns):
 _DOTS = {FLOAT32: _dot_float32, BFLOAT16: _dot_bfloat16, INT8: _dot_int8, INT4: _dot_int4}
 
 
+def _emit_weighted(kind, context, builder, values):
+    v, v_step, weight, keys, out = values
+    floats, words = _vector(_F32, WIDTH), _vector(_I32, WIDTH)
+    zero = ir.Constant(floats, None)
+    count = CHANNEL_BLOCK // WIDTH
+    places = [cgutils.alloca_once_value(builder, zero) for _ in range(count)]
+    for place in places:
+        builder.store(zero, place)
+    with cgutils.for_range(builder, keys, intp=_I64) as loop:
+        factor = _spread(builder, _at(builder, builder.add(weight, builder.mul(loop.index, _I64(4))), _F32), WIDTH)
+        row = builder.add(v, builder.mul(loop.index, v_step))
+        lines = []
+        for i in range(count if kind == FLOAT32 else count // 2):
+            loaded = _at(builder, _plus(builder, row, 4 * WIDTH * i), words)
+            lines += [builder.bitcast(loaded, floats)] if kind == FLOAT32 else _halves(builder, loaded)
+        for place, line in zip(places, lines, strict=True):
+            builder.store(_multiply_add(builder, line, factor, builder.load(place)), place)
+    sums = [builder.load(place) for place in places]
+    if kind == BFLOAT16:  # even and odd channels, back in order
+        orders = [[i // 2 + WIDTH * (i % 2) for i in range(first, first + WIDTH)] for first in (0, WIDTH)]
+        masks = [ir.Constant(words, order) for order in orders]
+        sums = [builder.shuffle_vector(sums[i], sums[i + 1], mask) for i in range(0, count, 2) for mask in masks]
+    for i, line in enumerate(sums):
+        builder.store(line, builder.inttoptr(_plus(builder, out, 4 * WIDTH * i), floats.as_pointer())).align = 4
+    return context.get_dummy_value()
+
+
+def _weighted(kind):
+    """weighted(v, v_step, weight, keys, out): out[c] = sum over keys of weight[j] * v[j, c], c < CHANNEL_BLOCK."""
+
+    def typed(typing_context, v, v_step, weight, keys, out):
+        def emit(context, builder, signature, values):
+            return _emit_weighted(kind, context, builder, values)
+
+        return types.void(*[types.intp] * 5), emit
+
+    def plain(v, v_step, weight, keys, out):
+        total = floats_at(out, CHANNEL_BLOCK)
+        total[:] = 0.0
+        for j, factor in enumerate(floats_at(weight, keys)):
+            if kind == FLOAT32:
+                total += factor * floats_at(v + j * v_step, CHANNEL_BLOCK)
+            else:
+                wide = words_at(v + j * v_step, CHANNEL_BLOCK).astype(np.uint32) << np.uint32(16)
+                total += factor * wide.view(np.float32)
+
+    return plain if JIT_DISABLED else intrinsic(typed)
+
+
+weighted_float32, weighted_bfloat16 = _weighted(FLOAT32), _weighted(BFLOAT16)
 stream_float32, stream_float32_two = _stream(FLOAT32, 1, BLOCK), _stream(FLOAT32, 2, BLOCK // 2)
 stream_bfloat16, stream_bfloat16_two = _stream(BFLOAT16, 1, BLOCK), _stream(BFLOAT16, 2, BLOCK // 2)
 stream_int8, stream_int8_two = _stream(INT8, 1, BLOCK), _stream(INT8, 2, BLOCK // 2)
