@@ -35,8 +35,7 @@ def _pointer_to(kind):
 
 
 _float, _double, _word = _pointer_to(types.float32), _pointer_to(types.float64), _pointer_to(types.uint16)
-_short, _byte, _signed = _pointer_to(types.int16), _pointer_to(types.uint8), _pointer_to(types.int8)
-_int, _long = _pointer_to(types.int32), _pointer_to(types.int64)
+_short, _signed, _long = _pointer_to(types.int16), _pointer_to(types.int8), _pointer_to(types.int64)
 
 
 @njit(inline="always")
@@ -62,18 +61,8 @@ def shorts_at(address, count):
 
 
 @njit(inline="always")
-def bytes_at(address, count):
-    return numba.carray(_byte(address), (count,))
-
-
-@njit(inline="always")
 def signed_bytes_at(address, count):
     return numba.carray(_signed(address), (count,))
-
-
-@njit(inline="always")
-def ints_at(address, count):
-    return numba.carray(_int(address), (count,))
 
 
 @njit(inline="always")
@@ -172,8 +161,8 @@ if JIT_DISABLED:
         return at
 
     floats_at, doubles_at, words_at = _plain(np.float32), _plain(np.float64), _plain(np.uint16)
-    shorts_at, bytes_at, signed_bytes_at = _plain(np.int16), _plain(np.uint8), _plain(np.int8)
-    ints_at, longs_at = _plain(np.int32), _plain(np.int64)
+    shorts_at, signed_bytes_at = _plain(np.int16), _plain(np.int8)
+    longs_at = _plain(np.int64)
 
     def add_to(array, at, value):
         array[at] += value

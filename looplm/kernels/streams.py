@@ -7,7 +7,7 @@ in the same order whatever block a row is in, so that a result never depends on 
 float32   x as it is
 bfloat16  a word holds two columns: x lies in runs of WIDTH even columns, then WIDTH odd ones
 int8      codes times x rounded to 16-bit integers, 64 columns at a time; exact sums, scaled as floats
-int4      the same, 32 columns at a time; a code is 8 above its value, which the sums start lower for
+int4      the same, 32 columns at a time; a code is 8 above its value, which the caller takes off
 
 Memory is given by address, in bytes; nothing is checked.  Uncompiled (NUMBA_DISABLE_JIT), NumPy twins take the place
 of everything here.
@@ -19,13 +19,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .addresses import floats_at, ints_at, shorts_at, signed_bytes_at, words_at
+from .addresses import floats_at, shorts_at, signed_bytes_at, words_at
 from .jit import JIT_DISABLED, features
 from .vectors import WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 BLOCK = 4  # weight rows that are read side by side
-AHEAD = 2048  # bytes: the least distance at which lines are asked for
 CHANNEL_BLOCK = 32  # channels of values that are summed at once
 CODES = 16  # 16-bit integers that are multiplied at once
 
@@ -59,13 +58,6 @@ def _plus(builder, address, offset):
 def _function(builder, name, result, arguments):
     existing = builder.module.globals.get(name)
     return existing or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
-
-
-def _prefetch(builder, address):
-    """Ask for a cache line that will be read soon: processors foresee a row, but not where the next one begins."""
-    kinds = [_I8.as_pointer(), _I32, _I32, _I32]
-    function = _function(builder, "llvm.prefetch.p0", ir.VoidType(), kinds)
-    builder.call(function, [builder.inttoptr(address, kinds[0]), _I32(0), _I32(3), _I32(1)])
 
 
 def _multiply_add(builder, left, right, total):
@@ -161,15 +153,11 @@ def _int8_columns(builder, sums, weights, lines, scales, index):
         _scaled(builder, sums, pair, total, builder.add(scales[pair], builder.mul(index, _I64(4))))
 
 
-def _int4_columns(builder, sums, weights, lines, scales, index, starts):
+def _int4_columns(builder, sums, weights, lines, scales, index):
     wide = _vector(_I16, CODES)
     words = [_at(builder, weight, wide) for weight in weights]
     for group in (0, 1):
-        totals = {}
-        for i, start in enumerate(starts):
-            at = builder.add(start, builder.mul(index, _I64(64)))
-            first = _at(builder, _plus(builder, at, 32 * group), _vector(_I32, _LANES))
-            totals |= {(i, j): first for j in range(len(words))}
+        totals = {pair: ir.Constant(_vector(_I32, _LANES), None) for pair in scales}
         for part in (2 * group, 2 * group + 1):
             for j, word in enumerate(words):
                 code = builder.lshr(word, _constant(wide, 4 * part)) if part else word
@@ -186,7 +174,7 @@ _STEPS = {FLOAT32: _float_columns, BFLOAT16: _bfloat_columns, INT8: _int8_column
 
 
 def _emit_stream(kind, x_rows, w_rows, context, builder, values):
-    w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, columns = values
+    w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns = values
     pairs = [(i, j) for i in range(x_rows) for j in range(w_rows)]
     sums = _Sums(builder, pairs, 2 if kind == BFLOAT16 else 1, _LANES if kind in (INT8, INT4) else WIDTH)
 
@@ -201,24 +189,17 @@ def _emit_stream(kind, x_rows, w_rows, context, builder, values):
     weights, lines = rows(w, w_step, w_count, w_rows), rows(x, x_step, x_count, x_rows)
     scales = {(i, j): builder.add(s, builder.mul(s_step, _I64(i * w_rows + j))) for i, j in pairs}
     whole = builder.udiv(columns, _I64(_COLUMNS[kind]))
-    more = {}
-    if kind == INT4:
-        more["starts"] = [builder.add(line, builder.mul(columns, _I64(2))) for line in lines]
-    ahead = builder.mul(w_step, _I64(w_rows))
-    ahead = builder.select(builder.icmp_signed("<", ahead, _I64(AHEAD)), _I64(AHEAD), ahead)
     with cgutils.for_range(builder, whole, intp=_I64) as loop:
         here = [builder.add(weight, builder.mul(loop.index, _I64(_BYTES[kind]))) for weight in weights]
         there = [builder.add(line, builder.mul(loop.index, _I64(_X_BYTES[kind]))) for line in lines]
-        for weight in here:
-            _prefetch(builder, builder.add(weight, ahead))
-        _STEPS[kind](builder, sums, here, there, scales, loop.index, **more)
+        _STEPS[kind](builder, sums, here, there, scales, loop.index)
     if kind in (FLOAT32, BFLOAT16):
         _emit_rest(kind, context, builder, sums, weights, lines, whole, columns)
     for i, j in pairs:
         inside = builder.and_(builder.icmp_signed("<", _I64(i), x_count), builder.icmp_signed("<", _I64(j), w_count))
         total = sums.total((i, j))
         with builder.if_then(inside):
-            place = builder.add(_plus(builder, y, 4 * j), builder.mul(y_step, _I64(i)))
+            place = builder.add(builder.add(y, builder.mul(y_gap, _I64(j))), builder.mul(y_step, _I64(i)))
             builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
     return context.get_dummy_value()
 
@@ -240,23 +221,26 @@ def _emit_rest(kind, context, builder, sums, weights, lines, whole, columns):
 
 
 def _stream(kind, x_rows, w_rows):
-    """stream(w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, columns): y[i, j] = row j of w . row i of x.
+    """stream(w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns): y[i, j] = x[i] . w[j].
 
-    Steps are bytes from row to row; at most `x_rows` and `w_rows` rows, of which only the first x_count and w_count
-    are written.  x is as `prepare` leaves it; s holds a scale per pair of rows and group, for the integer formats.
+    Steps are bytes from row to row; y_gap is that from j to j + 1.  At most `x_rows` and `w_rows` rows are multiplied,
+    of which only the first x_count and w_count are written.  x is as product/stored.py prepares it; s holds a scale per
+    pair of rows and group, for the integer formats.
     """
 
-    def typed(typing_context, w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, columns):
+    def typed(typing_context, w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns):
         def emit(context, builder, signature, values):
             return _emit_stream(kind, x_rows, w_rows, context, builder, values)
 
-        return types.void(*[types.intp] * 11), emit
+        return types.void(*[types.intp] * 12), emit
 
-    def plain(w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, columns):
+    def plain(w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns):
         for i in range(x_count):
             for j in range(w_count):
                 scales = s + s_step * (i * w_rows + j)
-                floats_at(y + i * y_step + 4 * j, 1)[0] = _DOTS[kind](w + j * w_step, x + i * x_step, scales, columns)
+                floats_at(y + i * y_step + j * y_gap, 1)[0] = _DOTS[kind](
+                    w + j * w_step, x + i * x_step, scales, columns
+                )
 
     return plain if JIT_DISABLED else intrinsic(typed)
 
@@ -281,8 +265,7 @@ def _dot_int4(w, x, scales, columns):
     words = words_at(w, columns // 4).reshape(-1, 1, 16)
     codes = (words >> np.arange(0, 16, 4, dtype=np.uint16)[:, None]) & np.uint16(15)
     sums = (codes.reshape(-1).astype(np.int32) * shorts_at(x, columns)).reshape(-1, 32).sum(axis=1)
-    starts = ints_at(x + 2 * columns, columns // 4).reshape(-1, 8).sum(axis=1)
-    return (sums + starts).astype(np.float32) @ floats_at(scales, columns // 32)
+    return sums.astype(np.float32) @ floats_at(scales, columns // 32)
 
 
 _DOTS = {FLOAT32: _dot_float32, BFLOAT16: _dot_bfloat16, INT8: _dot_int8, INT4: _dot_int4}

@@ -7,7 +7,7 @@ the other rows, nor on which rows of the weight are asked for together.
 
 import numpy as np
 
-from ..addresses import caller, floats_at, ints_at, shorts_at, signed_bytes_at, words_at
+from ..addresses import caller, floats_at, shorts_at, signed_bytes_at, words_at
 from ..intrinsics import round32
 from ..jit import Routine, njit
 from ..streams import (
@@ -91,11 +91,11 @@ def _sort_columns(at, line, columns):
 
 @njit
 def _round_columns(kind, at, line, columns):
-    """Integers of 16 bits with a scale per group; for int4 also the sums that take the zero point off again."""
+    """Integers of 16 bits, and of each group the scale and eight times their sum: what the zero point of int4 adds."""
     padded, group = _padded(columns), _group(kind)
-    codes, starts = shorts_at(at, padded), ints_at(at + 2 * padded, 8 * (padded // group))
-    scales = floats_at(at + 3 * padded, padded // group)
-    for g in range(padded // group):
+    groups = padded // group
+    codes, scales, sums = shorts_at(at, padded), floats_at(at + 2 * padded, groups), floats_at(at + 3 * padded, groups)
+    for g in range(groups):
         first = g * group
         count = max(0, min(group, columns - first))
         numbers, out = line[first : first + count], codes[first : first + group]
@@ -108,60 +108,71 @@ def _round_columns(kind, at, line, columns):
             out[i] = np.int16(round32(numbers[i] * inverse))
         for i in range(count, group):
             out[i] = 0
-        if kind == INT4:
-            for lane in range(8):
-                total = np.int32(0)
-                for i in range(2 * lane, group, 16):
-                    total += np.int32(out[i]) + np.int32(out[i + 1])
-                starts[8 * g + lane] = np.int32(-8) * total
+        total = 0
+        for i in range(group):
+            total += np.int32(out[i])
+        sums[g] = np.float32(8 * total)
 
 
 # ---- products
 
 
 @njit
-def _multiply_scales(into, weight_scales, x_scales, count):
-    products, left, right = floats_at(into, count), words_at(weight_scales, count), floats_at(x_scales, count)
+def _multiply_scales(into, weight_scales, x, padded, count):
+    """into: scales of a row of x times those of a weight row -> what the zero point of int4 adds to the sum."""
+    products, left = floats_at(into, count), words_at(weight_scales, count)
+    right, sums, zero = floats_at(x + 2 * padded, count), floats_at(x + 3 * padded, count), _ZERO
     for g in range(count):
-        products[g] = right[g] * np.uint32(np.uint32(left[g]) << _SIXTEEN).view(np.float32)
+        product = right[g] * np.uint32(np.uint32(left[g]) << _SIXTEEN).view(np.float32)
+        products[g] = product
+        zero += product * sums[g]
+    return zero
 
 
 @njit
 def _stream(kind, codes, scales, columns, first, last, prepared, step, rows, y, y_step, products):
-    """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  All addresses; steps in bytes."""
-    w_step = row_bytes(kind, columns)
-    if kind in (INT8, INT4):
-        padded = _padded(columns)
-        groups = padded // _group(kind)
-        s_step = 4 * groups
-    else:
-        padded, groups, s_step = columns, 0, 0
+    """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  All addresses; steps in bytes.
+
+    The rows that are read side by side lie far apart, each followed by its neighbour in the next turn: so many long
+    streams are what processors fetch ahead of (rows next to each other ran at half the speed of memory).
+    """
+    row = row_bytes(kind, columns)
+    integers = kind in (INT8, INT4)
+    padded = _padded(columns) if integers else columns
+    groups = padded // _group(kind) if integers else 0
     block, together = (BLOCK, 1) if rows == 1 else (BLOCK // 2, 2)
-    for n in range(first, last, block):
-        w, count, out = codes + n * w_step, min(block, last - n), y + 4 * (n - first)
+    apart, s_step, zeros = (last - first + block - 1) // block, 4 * groups, floats_at(products + 4 * padded, 8)
+    w_step, gap = apart * row, 4 * apart
+    for n in range(apart):
+        count = (last - first - n + apart - 1) // apart
+        w, out = codes + (first + n) * row, y + 4 * n
         for m in range(0, rows, together):
             x, into, several = prepared + m * step, out + m * y_step, min(together, rows - m)
-            for i in range(several if groups else 0):
+            for i in range(several if integers else 0):
                 for j in range(count):
-                    at = products + (i * block + j) * s_step
-                    _multiply_scales(at, scales + 2 * groups * (n + j), x + i * step + 3 * padded, groups)
+                    at, scale = products + (i * block + j) * s_step, scales + 2 * groups * (first + n + j * apart)
+                    zeros[i * block + j] = _multiply_scales(at, scale, x + i * step, padded, groups)
             if rows == 1:
                 if kind == FLOAT32:
-                    stream_float32(w, w_step, count, x, step, 1, 0, 0, into, y_step, columns)
+                    stream_float32(w, w_step, count, x, step, 1, 0, 0, into, y_step, gap, columns)
                 elif kind == BFLOAT16:
-                    stream_bfloat16(w, w_step, count, x, step, 1, 0, 0, into, y_step, columns)
+                    stream_bfloat16(w, w_step, count, x, step, 1, 0, 0, into, y_step, gap, columns)
                 elif kind == INT8:
-                    stream_int8(w, w_step, count, x, step, 1, products, s_step, into, y_step, padded)
+                    stream_int8(w, w_step, count, x, step, 1, products, s_step, into, y_step, gap, padded)
                 else:
-                    stream_int4(w, w_step, count, x, step, 1, products, s_step, into, y_step, padded)
+                    stream_int4(w, w_step, count, x, step, 1, products, s_step, into, y_step, gap, padded)
             elif kind == FLOAT32:
-                stream_float32_two(w, w_step, count, x, step, several, 0, 0, into, y_step, columns)
+                stream_float32_two(w, w_step, count, x, step, several, 0, 0, into, y_step, gap, columns)
             elif kind == BFLOAT16:
-                stream_bfloat16_two(w, w_step, count, x, step, several, 0, 0, into, y_step, columns)
+                stream_bfloat16_two(w, w_step, count, x, step, several, 0, 0, into, y_step, gap, columns)
             elif kind == INT8:
-                stream_int8_two(w, w_step, count, x, step, several, products, s_step, into, y_step, padded)
+                stream_int8_two(w, w_step, count, x, step, several, products, s_step, into, y_step, gap, padded)
             else:
-                stream_int4_two(w, w_step, count, x, step, several, products, s_step, into, y_step, padded)
+                stream_int4_two(w, w_step, count, x, step, several, products, s_step, into, y_step, gap, padded)
+            if kind == INT4:
+                for i in range(several):
+                    for j in range(count):
+                        floats_at(into + i * y_step + j * gap, 1)[0] -= zeros[i * block + j]
 
 
 @njit
