@@ -190,15 +190,20 @@ def widen_row(kind, codes, scales, columns, n, out):
     padded, group = _padded(columns), _group(kind)
     groups = padded // group
     row_scales = words_at(scales + 2 * groups * n, groups)
-    signed, packed = signed_bytes_at(at, padded), words_at(at, padded // 4)
     for g in range(groups):
         scale = np.uint32(np.uint32(row_scales[g]) << _SIXTEEN).view(np.float32)
-        for i in range(g * group, min(columns, (g + 1) * group)):
-            if kind == INT8:
-                out[i] = scale * np.float32(signed[i])
-            else:
-                word = np.int32(packed[i // 64 * 16 + i % 16]) >> np.int32(i % 64 // 16 * 4)
-                out[i] = scale * np.float32((word & np.int32(15)) - np.int32(8))
+        first, last = g * group, min(columns, (g + 1) * group)
+        if kind == INT8:
+            source, line = signed_bytes_at(at + first, group), out[first:last]
+            for i in range(line.size):
+                line[i] = scale * np.float32(source[i])
+        else:
+            words = words_at(at + g // 2 * 32, 16)
+            for half in (0, 1):
+                shift = np.int32(4 * (2 * (g % 2) + half))
+                line = out[first + 16 * half : min(last, first + 16 * half + 16)]
+                for i in range(line.size):
+                    line[i] = scale * np.float32((np.int32(words[i]) >> shift & np.int32(15)) - np.int32(8))
 
 
 @njit
