@@ -20,6 +20,7 @@ from .errors import CheckpointError
 from .model_files import (
     CONFIG,
     EMBEDDING,
+    GATE,
     INDEX,
     PROVENANCE,
     TOKENIZER,
@@ -30,10 +31,10 @@ from .model_files import (
     read_json,
     some,
 )
+from .quantization import KEY, Quantized
 from .safetensors_file import TensorFile, tensors_content
 from .weights import Weights, parameter_count, parameter_table
 
-GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
 PREVIOUS_GATE = "previous_gate.safetensors"
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -49,7 +50,7 @@ def load_model(folder: str | pathlib.Path) -> LoadedModel:
     """Open a model folder and map its weights.
 
     Float32 tensors are not copied: they are one flat buffer if they lie in its order, and mapped one by one otherwise.
-    Shorter types are widened exactly, into one flat buffer.
+    Shorter types and quantized matrices are widened exactly, into one flat buffer.
 
     Raises: what `open_model` raises.  Weights that are not finite numbers are a warning.
     """
@@ -176,7 +177,11 @@ def _read_weights(files: ModelFiles) -> Weights:
     if not all(where[p.name].entries[p.name].dtype == "F32" for p in table):
         weights = Weights.from_flat(config, aligned_empty((parameter_count(config),)))
         for name, out in weights.tensors.items():
-            where[name].floats(name, out)
+            stored = files.stored_matrix(name)
+            if isinstance(stored, Quantized):
+                stored.dequantize(out=out)
+            else:
+                where[name].floats(name, out)
         return weights
     first = where[EMBEDDING]
     begin = first.entries[EMBEDDING].begin
@@ -219,7 +224,7 @@ def _existing(path: pathlib.Path) -> dict[str, Any]:
 def _config(folder: pathlib.Path, config: ModelConfig, dtype: str) -> bytes:
     """config.json: what we know as it is now, everything else as it was."""
     ours, there = model_config_to_json(config), _existing(folder / CONFIG)
-    known = {"architectures", "model_type", "rope_theta", "rope_parameters", "torch_dtype", "dtype"}
+    known = {"architectures", "model_type", "rope_theta", "rope_parameters", "torch_dtype", "dtype", KEY}
     known |= {field.name for field in dataclasses.fields(ModelConfig)}
     if there.get("num_hidden_layers") != config.num_hidden_layers:
         known |= {"layer_types", "max_window_layers"}

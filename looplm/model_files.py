@@ -10,8 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .arrays import Array
 from .config import ModelConfig, model_config_from_json
 from .errors import CheckpointError
+from .quantization import FORMATS, Quantization, Quantized, quantization_from_json, scale_name
 from .safetensors_file import READABLE, TensorFile
 from .weights import parameter_table
 
@@ -21,6 +23,7 @@ if TYPE_CHECKING:  # importing the tokenizer library costs 40 ms
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CONFIG, TOKENIZER, PROVENANCE = "config.json", "tokenizer.json", "looplm.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz")
 OTHER_MODEL = "config.json and the weights belong to different models: copy the folder again"
 
@@ -35,6 +38,7 @@ class ModelFiles:
     own_tokenizer: "Tokenizer | None"
     provenance: dict[str, Any]  # looplm.json; empty for a model from elsewhere
     warnings: list[str]
+    quantization: Quantization | None  # how its matrices are stored, if not as floats
 
     @property
     def tokenizer(self) -> "Tokenizer":
@@ -52,6 +56,18 @@ class ModelFiles:
     def weight_files(self) -> list[TensorFile]:
         return sorted(set(self.stored_in.values()), key=lambda file: file.path)
 
+    def stored_matrix(self, name: str) -> Quantized | Array:
+        """A tensor as it lies in the file, mapped: quantized, or an array of its floats (bfloat16 as bits, in uint16).
+
+        This is what kernels that read weights in a shorter form are given.
+        """
+        kind = self.quantization.format_of(name) if self.quantization else None
+        if kind is None:
+            return self.stored_in[name].stored(name)
+        shape = next(p.shape for p in parameter_table(self.config) if p.name == name)
+        codes, scales = self.stored_in[name].codes(name), self.stored_in[scale_name(name)].stored(scale_name(name))
+        return Quantized(kind, (shape[0], shape[1]), codes, scales)
+
 
 def open_model(folder: str | pathlib.Path) -> ModelFiles:
     """Check a model folder: config, headers, names and shapes of all tensors, size of the vocabulary.
@@ -62,9 +78,11 @@ def open_model(folder: str | pathlib.Path) -> ModelFiles:
     folder = pathlib.Path(folder)
     if not folder.is_dir():
         raise CheckpointError(f"{folder} is not a folder", f"name a model folder, with {CONFIG} and {WEIGHTS}")
-    config = model_config_from_json(read_json(folder / CONFIG), str(folder / CONFIG))
+    values, where = read_json(folder / CONFIG), str(folder / CONFIG)
+    config = model_config_from_json(values, where)
+    quantization = quantization_from_json(values, config, where)
     stored_in = find_tensors(folder)
-    _check_tensors(folder, config, stored_in)
+    _check_tensors(folder, config, quantization, stored_in)
     tokenizer = _read_tokenizer(folder)
     warnings = check_vocabulary(folder / TOKENIZER, tokenizer, config) if tokenizer else []
     provenance: dict[str, Any] = {}
@@ -73,7 +91,7 @@ def open_model(folder: str | pathlib.Path) -> ModelFiles:
             provenance = read_json(folder / PROVENANCE)
     except CheckpointError as error:
         warnings.append(f"the model's origin is unknown: {error}")
-    return ModelFiles(folder, config, stored_in, tokenizer, provenance, warnings)
+    return ModelFiles(folder, config, stored_in, tokenizer, provenance, warnings, quantization)
 
 
 def check_vocabulary(where: pathlib.Path, tokenizer: "Tokenizer", config: ModelConfig) -> list[str]:
@@ -153,8 +171,24 @@ def _read_tokenizer(folder: pathlib.Path) -> "Tokenizer | None":
     return Tokenizer.from_file(folder / TOKENIZER)
 
 
-def _check_tensors(folder: pathlib.Path, config: ModelConfig, found: dict[str, TensorFile]) -> None:
-    wanted = {p.name: p.shape for p in parameter_table(config)}
+def stored_tensors(config: ModelConfig, quantization: Quantization | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Name -> type and shape of every tensor in the files, in order; the type is "" where any float will do."""
+    wanted: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for parameter in parameter_table(config):
+        kind = quantization.format_of(parameter.name) if quantization else None
+        if kind is None:
+            wanted[parameter.name] = ("", parameter.shape)
+        else:
+            layout, shape = FORMATS[kind], (parameter.shape[0], parameter.shape[1])
+            wanted[parameter.name] = (layout.dtype, layout.codes_shape(shape))
+            wanted[scale_name(parameter.name)] = ("BF16", layout.scales_shape(shape))
+    return wanted
+
+
+def _check_tensors(
+    folder: pathlib.Path, config: ModelConfig, quantization: Quantization | None, found: dict[str, TensorFile]
+) -> None:
+    wanted = stored_tensors(config, quantization)
     missing = [name for name in wanted if name not in found]
     if missing:
         cure = OTHER_MODEL
@@ -166,15 +200,23 @@ def _check_tensors(folder: pathlib.Path, config: ModelConfig, found: dict[str, T
     extra = [name for name in found if name not in wanted and not (config.tie_word_embeddings and name == HEAD)]
     if extra:
         layers = f"config.json says {config.num_hidden_layers} layers"
-        raise CheckpointError(f"{folder} has tensors that the model does not: {some(extra)} ({layers})", OTHER_MODEL)
-    for name, shape in wanted.items():
+        cure = OTHER_MODEL
+        if all(name.endswith("_scale") for name in extra):
+            cure = "the weights are quantized, and config.json does not say how: copy it again"
+        raise CheckpointError(f"{folder} has tensors that the model does not: {some(extra)} ({layers})", cure)
+    for name, (dtype, shape) in wanted.items():
         entry = found[name].entries[name]
         if entry.shape != shape:
             raise CheckpointError(
                 f"{found[name].path}: tensor {name} has shape {list(entry.shape)}, config.json asks for {list(shape)}",
                 OTHER_MODEL,
             )
-        if entry.dtype not in READABLE:
+        if dtype and entry.dtype != dtype:
+            raise CheckpointError(
+                f"{found[name].path}: tensor {name} is stored as {entry.dtype}, config.json asks for {dtype}",
+                OTHER_MODEL,
+            )
+        if not dtype and entry.dtype not in READABLE:
             found[name].stored(name)  # which says so
     if config.tie_word_embeddings and HEAD in found:
         _check_tied(found[HEAD], found[EMBEDDING])

@@ -10,7 +10,7 @@ import math
 import mmap
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -32,6 +32,7 @@ READABLE: dict[str, np.dtype[Any]] = {  # NumPy has no bfloat16: its bits
     "F16": np.dtype("<f2"),
     "F64": np.dtype("<f8"),
 }
+CODES: dict[str, np.dtype[Any]] = {"I8": np.dtype("i1"), "U8": np.dtype("u1")}  # integers of quantized weights
 STORABLE = {"float32": "F32", "bfloat16": "BF16"}
 
 LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -73,12 +74,17 @@ class TensorFile:
             )
         return self._bytes[entry.begin : entry.end].view(READABLE[entry.dtype]).reshape(entry.shape)
 
-    def floats(self, name: str, out: Floats | None = None) -> Floats:
-        """A tensor as float32: mapped if it is that, widened exactly or (from F64) rounded if not.
+    def codes(self, name: str) -> Array:
+        """A tensor of I8 or U8 as it lies in the file, not copied."""
+        entry = self.entries[name]
+        return self._bytes[entry.begin : entry.end].view(CODES[entry.dtype]).reshape(entry.shape)
+
+    def floats(self, name: str, out: Floats | None = None, rows: slice | None = None) -> Floats:
+        """A tensor, or some rows of it, as float32: mapped if it is that, widened exactly or (from F64) rounded if not.
 
         With `out`, its values are written there.
         """
-        stored = self.stored(name)
+        stored = self.stored(name) if rows is None else self.stored(name)[rows]
         if stored.dtype == np.uint16:
             return widen_bfloat16(stored, out)
         if out is not None:
@@ -124,19 +130,33 @@ def tensors_content(
 ) -> Content:
     """The content of a safetensors file, as `replace_files` writes it; `dtype` is float32 or bfloat16 (rounded)."""
     code = STORABLE[dtype]
+    layout = {name: (code, values.shape) for name, values in tensors.items()}
+    return streamed_content(layout, lambda: (_encoded(values, code) for values in tensors.values()), metadata)
+
+
+def streamed_content(
+    layout: Mapping[str, tuple[str, tuple[int, ...]]],
+    pieces: Callable[[], Iterable[memoryview | Array]],
+    metadata: Mapping[str, str] | None = None,
+) -> Content:
+    """The same from types (the header's words) and shapes, and the data in pieces, each made when it is written.
+
+    Raises: ValueError while it is written, if the pieces are not as many bytes as the layout says.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
-    for name, values in tensors.items():
-        end = offset + values.size * ITEM_SIZES[code]
-        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [offset, end]}
+    for name, (code, shape) in layout.items():
+        end = offset + math.prod(shape) * ITEM_SIZES[code]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
     def fill(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
-        for values in tensors.values():
-            file.write(_encoded(values, code))
+        written = sum(file.write(piece if isinstance(piece, memoryview) else piece.data) for piece in pieces())
+        if written != offset:
+            raise ValueError(f"{written} bytes written, the header says {offset}")
 
     return fill
 

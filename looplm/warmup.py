@@ -12,6 +12,7 @@ from .exits import LearnedGate
 from .generation import Session
 from .kernels.product.select import measured
 from .objectives import StageTwo
+from .quantization import FORMATS, quantize_matrix
 from .settings import InitConfig, TrainConfig
 from .training import Trainer
 from .weights import initialise
@@ -43,8 +44,11 @@ def compile_everything() -> Iterator[str]:
     seen = observe(weights, source.validation(), 64)
     fit_gate(Gate(weights.gate_weight, weights.gate_bias), seen, StageTwo(), CalibrateConfig(steps=1))
     yield "calibration"
-    session, rule = Session(weights), LearnedGate(0.5)
+    session, rule = Session(weights, threads=2), LearnedGate(0.5)
     session.feed(np.zeros((1, 8), np.int64))
     session.advance(np.zeros((1, 1), np.int64), rule)
     inspect(weights, np.zeros((1, 8), np.int64))
     yield "generation and inspection"
+    for fmt in FORMATS:
+        quantize_matrix(weights.head, fmt)
+    yield "quantization"

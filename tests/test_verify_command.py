@@ -16,7 +16,7 @@ from looplm.checkpoint import read_tensors
 from looplm.kernels.product.select import PATHS
 from looplm.safetensors_file import write_tensors
 from looplm_cli import engine_candidate, verification
-from looplm_reference import bfloat16
+from looplm_reference import bfloat16, quantized_judge
 from looplm_reference.model import LoopLM
 from looplm_reference.mutants import MODEL_MUTANTS, OP_MUTANTS, ModelMutant
 
@@ -50,6 +50,8 @@ def test_everything_passes_and_every_mutant_is_caught_by_name(everything: tuple[
         assert any(line.startswith(f"CAUGHT {mutant.name} at ") for line in lines), mutant.name
     for op_mutant in OP_MUTANTS:
         assert any(line.startswith(f"CAUGHT {op_mutant.function}: {op_mutant.name} at ") for line in lines)
+    for misreading in quantized_judge.MUTANTS:
+        assert any(line.startswith(f"CAUGHT {misreading.format}: {misreading.name} at ") for line in lines)
     for op in ("attention", "exit_distribution", "cross_entropy", "adamw_update"):
         assert any(line.startswith("PASS") and line.endswith(f" {op}") for line in lines), op
     for part in ("forward, layer by layer", "every prefix", "left-padded", "right-padded", "every gradient"):
@@ -69,6 +71,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
         "model mutants",
         "training",
         "bf16 mutants",
+        "quantized",
+        "quantized mutants",
     ]
     checks = [check for section in report["sections"] for check in section.get("checks", [])]
     mutants = [mutant for section in report["sections"] for mutant in section.get("mutants", [])]
@@ -81,7 +85,7 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
     compared = sum(check["comparisons"] for check in checks)
     compared += sum(len(folder["rows"]) for folder in report["folders"])
     assert f"{compared} comparisons pass, {len(mutants)} mutants caught" in text
-    assert len(mutants) == len(OP_MUTANTS) + len(MODEL_MUTANTS) + len(bfloat16.MUTANTS)
+    assert len(mutants) == len(OP_MUTANTS) + len(MODEL_MUTANTS) + len(bfloat16.MUTANTS) + len(quantized_judge.MUTANTS)
 
 
 def test_a_fixture_folder_passes_row_by_row() -> None:

@@ -31,6 +31,7 @@ COMMANDS = {
     "generate": "Continue a prompt, looping only as often as each token needs.",
     "inspect": "Look inside the loops: what each loop predicts, and where it would stop.",
     "eval": "Measure loss, bits per byte and accuracy at every depth and exit threshold.",
+    "quantize": "Write a model with int8 or int4 weights, and say what that costs in every loop.",
     "info": "Show what a model is made of, what this machine offers, or what a training would take.",
     "warmup": "Compile all kernels now, so that no later command has to.",
     "verify": "Prove the engine right: reference, mutants, fixtures.",

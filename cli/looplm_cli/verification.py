@@ -14,12 +14,15 @@ import numpy as np
 
 from looplm import kernels
 from looplm.checkpoint import load_model
+from looplm.config import model_config_from_json
 from looplm.errors import VerificationError
 from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
+from looplm.stored import StoredWeights, convert, is_matrix
 from looplm_cli.engine_candidate import EngineCandidate
-from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops
+from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
+from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
 from looplm_reference.contract import Row
 from looplm_reference.model import LoopLM
 
@@ -62,6 +65,8 @@ def sections(threads: int) -> list[Section]:
         Section("model mutants", "mistakes made in the whole model on purpose", _model_mutants(), mutants=True),
         Section("training", "every gradient, on every path, with and without recomputation", _training(threads)),
         Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
+        Section("quantized", "int8 and int4 weights, against what they stand for", _quantized()),
+        Section("quantized mutants", "mistakes made in reading such weights", _quantized_mutants(), mutants=True),
     ]
 
 
@@ -120,6 +125,19 @@ def _bfloat16_mutants() -> Iterator[Check]:
         yield Check(name, len(rows) == 1 + in_model, rows)
 
 
+def _quantized() -> Iterator[Check]:
+    for fmt in quantized_judge.FORMATS:
+        yield _compared(f"{fmt}: rounding", list(quantized_judge.compare_rounding(engine_rounding, fmt)))
+        for candidate in CANDIDATES:
+            yield _compared(f"{fmt}: {candidate.name}", list(quantized_judge.compare(candidate, fmt)))
+
+
+def _quantized_mutants() -> Iterator[Check]:
+    for mutant in quantized_judge.MUTANTS:
+        rows = quantized_judge.first_failures(mutant)
+        yield Check(f"{mutant.format}: {mutant.name}", len(rows) == 2, rows)  # by products, and by a whole model
+
+
 def _op_mutants() -> Iterator[Check]:
     for mutant in mutants.OP_MUTANTS:
         caught = mutant.first_failure(kernels)
@@ -152,6 +170,7 @@ def _model(threads: int) -> Iterator[Check]:
         for part, rows in parts.items():
             yield _compared(f"{name}: {part}", rows)
         yield _compared(f"{name}: prompt of every length, then cached decode", list(_prefilled(name)))
+        yield _compared(f"{name}: cached decode from bfloat16 weights", list(_in_bfloat16(name)))
 
 
 def _prefilled(name: str) -> Iterator[Row]:
@@ -164,6 +183,19 @@ def _prefilled(name: str) -> Iterator[Row]:
         hidden = EngineCandidate(prefill=prefill).cached_hidden(tensors, config, ids)
         error = contract.relative_error(expected, hidden)
         yield Row(f"{name}: cached.after prompt of {prefill}.hidden", error, judge.TOLERANCE)
+
+
+def _in_bfloat16(name: str) -> Iterator[Row]:
+    """Against the reference with the same numbers: what bfloat16 stands for is exact in float64."""
+    config = judge.MODELS[name]
+    tensors = {key: np.asarray(value, np.float32) for key, value in judge.random_tensors(config).items()}
+    matrices = {key: convert(value, "bfloat16") for key, value in tensors.items() if is_matrix(key)}
+    weights = StoredWeights(model_config_from_json(config, "the judge's model"), matrices, tensors)
+    rounded = tensors | {key: matrix.rows(np.arange(matrix.shape[0])) for key, matrix in matrices.items()}
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 7))
+    expected, found = LoopLM(rounded, config).forward(ids), decoded(weights, ids)
+    for what, array in found.items():
+        yield Row(f"{name}: bfloat16.{what}", contract.relative_error(expected[what], array), judge.TOLERANCE)
 
 
 @dataclasses.dataclass(frozen=True)

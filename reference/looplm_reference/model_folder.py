@@ -6,13 +6,16 @@ trusts the files to be whole; who wants damage explained opens the folder with t
 
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
+from .judge import tensor_shapes
 from .ops import Array
+from .quantize import Stored, dequantize, format_of
 
-DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
+DTYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I8": "i1", "U8": "u1"}
 
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
@@ -26,12 +29,27 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 
 
 def read_tensors(folder: pathlib.Path) -> dict[str, Array]:
-    """All tensors of model.safetensors, or of the files its index names, as float32 or float64; bfloat16 exactly."""
+    """All tensors of model.safetensors, or of the files its index names; bfloat16 and quantized weights exactly."""
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists():
         files = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return {name: value for file in sorted(files) for name, value in _read_file(folder / file).items()}
+    stored = {name: value for file in sorted(files) for name, value in _read_file(folder / file).items()}
+    return _dequantized(stored, read_config(folder)) if any(name.endswith("_scale") for name in stored) else stored
+
+
+def _dequantized(stored: Mapping[str, Array], config: Mapping[str, Any]) -> dict[str, Array]:
+    """Codes and their scales become the matrix they stand for."""
+    fmt, shapes = config["quantization_config"]["format"], tensor_shapes(config)
+    tensors: dict[str, Array] = {}
+    for name, value in stored.items():
+        kind = format_of(name, fmt) if f"{name}_scale" in stored else None
+        if kind is not None:
+            rows, columns = shapes[name]
+            tensors[name] = dequantize(Stored(kind, (rows, columns), value, stored[f"{name}_scale"]))
+        elif not name.endswith("_scale"):
+            tensors[name] = value
+    return tensors
 
 
 def _read_file(path: pathlib.Path) -> dict[str, Array]:

@@ -94,6 +94,7 @@ def _model(files: "ModelFiles") -> dict[str, Any]:
         "files": [
             {"name": file.path.name, "bytes": file.size, "tensors": len(file.entries)} for file in files.weight_files
         ],
+        "quantization": files.quantization.json(files.config) if files.quantization else None,
         "tokenizer_vocab_size": files.own_tokenizer.vocab_size if files.own_tokenizer else None,
         "origin": files.provenance,
         "warnings": files.warnings,
@@ -107,11 +108,13 @@ def _print_model(report: dict[str, Any]) -> None:
     loops, context = config["total_ut_steps"], config["max_position_embeddings"]
     parts = dict(report["parameters"])
     total, unrolled = parts.pop("total"), parts.pop("unrolled")
+    stored = f", weights in {report['quantization']['format']}" if report["quantization"] else ""
     say = stdout().print
     say(f"{report['model']}", markup=False, soft_wrap=True)
     say(
         f"{config['num_hidden_layers']} layers x {loops} loops (trained with {report['trained_loops']}), "
-        f"width {config['hidden_size']}, vocabulary {config['vocab_size']}, context {context}\n",
+        f"width {config['hidden_size']}, vocabulary {config['vocab_size']}, context {context}"
+        f"{stored}\n",
         soft_wrap=True,
     )
     rows = [(name, f"{count:,}", f"{count / total:.1%}") for name, count in parts.items() if count]
@@ -127,6 +130,8 @@ def _print_model(report: dict[str, Any]) -> None:
             ("training, without activations", _bytes(memory["training"])),
             ("keys and values, one token", _bytes(memory["key_value_per_token"])),
             (f"keys and values, context of {context}", _bytes(memory["key_value_context"])),
+            ("the same in bfloat16 (--kv-dtype), one token", _bytes(memory["key_value_per_token_bfloat16"])),
+            (f"the same, context of {context}", _bytes(memory["key_value_per_token_bfloat16"] * context)),
         ],
     )
     print_table(["tensor", "n", "shape", "dtype"], _shapes(report["tensors"]))

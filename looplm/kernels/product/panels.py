@@ -126,7 +126,7 @@ def _pack_left(tiles, dy, first_row, rows, first_column, columns):
 
 
 @njit
-def _rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
+def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
     whole = rows // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
         left, into = x_at + row * x_row, y_at + row * y_row
@@ -148,10 +148,10 @@ def rows_times_panels(y, begin, count, x, x_at, depth, run, panels, edge):
         length, left, more = min(run, depth - k), x_at + k, 1 if k else 0
         for p in range(full):
             y_at, panel_at = begin * columns + p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
-            _rows_times_panel(flat, y_at, columns, x, left, depth, count, panels, panel_at, length, more)
+            rows_times_panel(flat, y_at, columns, x, left, depth, count, panels, panel_at, length, more)
         if part:
             panel_at = (full * depth + k) * TILE_COLUMNS
-            _rows_times_panel(edge, 0, TILE_COLUMNS, x, left, depth, count, panels, panel_at, length, more)
+            rows_times_panel(edge, 0, TILE_COLUMNS, x, left, depth, count, panels, panel_at, length, more)
     for row in range(count if part else 0):
         for j in range(part):
             y[begin + row, full * TILE_COLUMNS + j] = edge[row * TILE_COLUMNS + j]

@@ -1,0 +1,204 @@
+"""Weights as small integers with a scale per group of neighbouring columns: int8 and int4, as stored in a file.
+
+Only matrices that rows are multiplied by are quantized.  Norms and the gate are too small to matter, and the embedding
+is only looked up in: one row a token.  The head, on which every prediction hangs, is int8 in both formats.
+
+The layout is that of docs/formats.md.  Scales and codes follow the definition of looplm_reference.quantize to the bit.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .arrays import Array, Floats
+from .config import ModelConfig
+from .errors import CheckpointError, ConfigError
+from .kernels.quantization import quantize_rows_into
+from .safetensors_file import round_to_bfloat16, widen_bfloat16
+
+KEY, METHOD = "quantization_config", "looplm"  # in config.json
+HEAD = "lm_head.weight"
+PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+BLOCK = 64  # columns are padded to a multiple of it, so that a block of codes is half a cache line or a whole one
+CHUNK = 1 << 22  # weights widened to float32 at a time (16 MiB)
+_LEAST_SCALE = np.float32(2.0**-126)  # smaller ones would be subnormal, which processors may read as 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """How one matrix is stored.  Scales are max|w| / d for the d of `divisors` that loses least."""
+
+    name: str
+    group: int  # columns that share a scale
+    low: int  # range of the integers
+    high: int
+    dtype: str  # of the codes, in safetensors' words
+    per_byte: int  # codes in a byte
+    divisors: tuple[float, ...]
+
+    def padded(self, columns: int) -> int:
+        return -(-columns // BLOCK) * BLOCK
+
+    def codes_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0], self.padded(shape[1]) // self.per_byte
+
+    def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return shape[0], self.padded(shape[1]) // self.group
+
+
+# Of 15 steps the largest weight is -8 or 7; a smaller scale clips it and serves the other 31 better.  These steps halve
+# what is left to gain beyond 7 and 8 alone; finer ones bring a hundredth of the error.
+_DIVISORS = tuple(6.5 + 0.25 * step for step in range(15))
+FORMATS = {
+    "int8": Format("int8", 64, -127, 127, "I8", 1, (127.0,)),
+    "int4": Format("int4", 32, -8, 7, "U8", 2, _DIVISORS),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized:
+    """One matrix of `shape` N x K as it lies in the file; arrays may be mapped.
+
+    codes: int8, N x Kp, or uint8, N x Kp/2; scales: bfloat16 as its bits in uint16, N x Kp/group.
+    """
+
+    format: str
+    shape: tuple[int, int]
+    codes: Array
+    scales: npt.NDArray[np.uint16]
+
+    @property
+    def layout(self) -> Format:
+        return FORMATS[self.format]
+
+    @property
+    def nbytes(self) -> int:
+        return int(self.codes.nbytes + self.scales.nbytes)
+
+    def dequantize(self, rows: slice | None = None, out: Floats | None = None) -> Floats:
+        """The numbers that some rows (default all) stand for, N x K, exact in float32; written to `out` if given."""
+        rows = slice(None) if rows is None else rows
+        codes, scales = self.codes[rows], widen_bfloat16(self.scales[rows])
+        made = np.empty((len(codes), self.shape[1]), np.float32) if out is None else out
+        chunk = max(1, CHUNK // max(1, self.layout.padded(self.shape[1])))
+        for begin in range(0, len(codes), chunk):
+            part = slice(begin, begin + chunk)
+            whole = codes[part] if self.format == "int8" else unpack(codes[part])
+            grouped = whole.reshape(*scales[part].shape, self.layout.group)
+            values = np.multiply(grouped, scales[part][..., None], dtype=np.float32)
+            made[part] = values.reshape(len(whole), -1)[:, : self.shape[1]]
+        return made
+
+
+def quantize_matrix(weight: Floats, fmt: str, name: str = "the matrix") -> Quantized:
+    """Round a matrix to a format.  weight: NK
+
+    Raises: CheckpointError that calls it `name`, if a weight is not a finite number.
+    """
+    layout = FORMATS[fmt]
+    weight = np.ascontiguousarray(weight, np.float32)
+    if not np.isfinite(weight).all():
+        wrong = int(weight.size - np.isfinite(weight).sum())
+        raise CheckpointError(
+            f"{name} has {wrong} weights that are not finite numbers", "quantize a model whose weights are sound"
+        )
+    shape = (weight.shape[0], weight.shape[1])
+    scale = np.empty(layout.scales_shape(shape), np.float32)
+    codes = np.empty((shape[0], layout.padded(shape[1])), np.int8)
+    candidates = _scale_candidates(weight, layout)
+    quantize_rows_into(codes, scale, weight, candidates, float(layout.low), float(layout.high))
+    return Quantized(fmt, shape, codes if fmt == "int8" else pack(codes), round_to_bfloat16(scale))
+
+
+def _scale_candidates(weight: Floats, layout: Format) -> Floats:
+    """NK -> C N G: bfloat16 numbers, held in float32."""
+    rows, columns = weight.shape
+    largest = np.zeros(layout.scales_shape((rows, columns)), np.float32)
+    whole = columns // layout.group
+    size = np.abs(weight)
+    largest[:, :whole] = size[:, : whole * layout.group].reshape(rows, whole, layout.group).max(axis=2)
+    if columns % layout.group:
+        largest[:, whole] = size[:, whole * layout.group :].max(axis=1)
+    exact = largest / np.array(layout.divisors, np.float32)[:, None, None]
+    rounded = widen_bfloat16(round_to_bfloat16(exact))
+    rounded[rounded < _LEAST_SCALE] = 0.0
+    return rounded
+
+
+def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
+    """int4: integers of -8..7, N x Kp -> bytes, N x Kp/2.
+
+    Each block of 64 columns is 16 words of 16 bits; bits 4i..4i+3 of word j hold column 16 i + j, plus 8.  So a vector
+    of words gives 16 neighbouring columns with one shift and one mask.
+    """
+    planes = (codes + np.int8(8)).astype(np.uint16).reshape(len(codes), -1, 4, 16)
+    words = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
+    return words.astype("<u2").view(np.uint8).reshape(len(codes), -1)
+
+
+def unpack(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
+    """The way back from `pack`."""
+    words = np.ascontiguousarray(packed).view("<u2").reshape(len(packed), -1, 1, 16)
+    shifts = np.array([0, 4, 8, 12], np.uint16).reshape(4, 1)
+    planes = (words >> shifts & np.uint16(15)).astype(np.int8) - np.int8(8)
+    return planes.reshape(len(packed), -1)
+
+
+# ---- a model's part
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantization:
+    """What config.json says of a quantized model."""
+
+    format: str
+
+    def format_of(self, name: str) -> str | None:
+        """The format of a tensor of the model, or None if it is stored as a float."""
+        if name == HEAD:
+            return "int8"
+        return self.format if name.endswith(tuple(f".{projection}.weight" for projection in PROJECTIONS)) else None
+
+    def json(self, config: ModelConfig) -> dict[str, Any]:
+        """The value of quantization_config."""
+        return {
+            "quant_method": METHOD,
+            "format": self.format,
+            "group_size": FORMATS[self.format].group,
+            "head_format": "bfloat16" if config.tie_word_embeddings else "int8",
+        }
+
+
+def scale_name(name: str) -> str:
+    """The tensor of scales that belongs to a tensor of codes."""
+    return f"{name}_scale"
+
+
+def quantization_from_json(values: Mapping[str, Any], config: ModelConfig, where: str) -> Quantization | None:
+    """What the mapping of a config.json says about quantization; None for a model of floats.
+
+    Raises: ConfigError for a method, format or layout that is not this project's.
+    """
+    found = values.get(KEY)
+    if found is None:
+        return None
+    method = found.get("quant_method") if isinstance(found, Mapping) else found
+    if not isinstance(found, Mapping) or method != METHOD:
+        raise ConfigError(
+            f"{where}: {KEY}.quant_method={method!r} is not supported",
+            "use the folder in floats, and `looplm quantize` on it if it is to be smaller",
+        )
+    name = found.get("format")
+    if not isinstance(name, str) or name not in FORMATS:
+        raise ConfigError(f"{where}: {KEY}.format={name!r} is not known", f"known: {', '.join(FORMATS)}")
+    for key, wanted in Quantization(name).json(config).items():
+        if found.get(key) != wanted:
+            raise ConfigError(
+                f"{where}: {KEY}.{key}={found.get(key)!r}, but {name} is stored with {key}={wanted!r}",
+                "quantize the model again, with `looplm quantize`",
+            )
+    return Quantization(name)
