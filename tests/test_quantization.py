@@ -62,7 +62,7 @@ def test_the_reference_agrees_with_itself_exactly() -> None:
 def test_every_misreading_is_caught_by_products_and_by_a_model(mutant: reference.ReadingMutant) -> None:
     product, model = judge.first_failures(mutant)
     assert product.name.startswith(f"{mutant.format}: ")
-    assert "rows" in product.name
+    assert "batch of 1" in product.name
     assert model.name == f"{mutant.format}: model.loop1.hidden"
 
 

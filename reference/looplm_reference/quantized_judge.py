@@ -95,7 +95,7 @@ def compare_products(candidate: Candidate, fmt: str) -> Iterator[Row]:
             x = rng.standard_normal((rows, shape[1])).astype(np.float32)
             expected = x.astype(np.float64) @ dequantize(stored).T
             error = relative_error(expected, candidate.product(x, stored))
-            yield Row(f"{fmt}: {shape[0]} x {shape[1]} with {rows} rows", error, BOUND[fmt])
+            yield Row(f"{fmt}: {shape[0]} x {shape[1]}, batch of {rows}", error, BOUND[fmt])
 
 
 def compare_model(candidate: Candidate, fmt: str) -> Iterator[Row]:
