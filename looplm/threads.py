@@ -86,3 +86,7 @@ class Team:
 def team(threads: int) -> Team:
     """The process's team of that many threads."""
     return Team(threads)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=team.cache_clear)  # helpers do not live on in a forked process

@@ -108,7 +108,7 @@ def _round_columns(kind, at, line, columns):
             out[i] = np.int16(round32(numbers[i] * inverse))
         for i in range(count, group):
             out[i] = 0
-        total = 0
+        total = np.int32(0)
         for i in range(group):
             total += int(out[i])
         sums[g] = np.float32(8 * total)
