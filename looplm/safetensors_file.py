@@ -10,7 +10,7 @@ import math
 import mmap
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -101,7 +101,7 @@ class TensorFile:
             for name, values in changes.items():
                 entry = self.entries[name]
                 file.seek(entry.begin)
-                file.write(_encoded(values, entry.dtype))
+                file.write(encoded(values, entry.dtype))
 
         return fill
 
@@ -123,20 +123,31 @@ def tensors_content(
     tensors: Mapping[str, Floats], metadata: Mapping[str, str] | None = None, dtype: str = "float32"
 ) -> Content:
     """The content of a safetensors file, as `replace_files` writes it; `dtype` is float32 or bfloat16 (rounded)."""
-    code = STORABLE[dtype]
+    shapes = {name: values.shape for name, values in tensors.items()}
+    return stored_content(shapes, STORABLE[dtype], lambda name: [encoded(tensors[name], STORABLE[dtype])], metadata)
+
+
+def stored_content(
+    shapes: Mapping[str, tuple[int, ...]],
+    code: str,
+    stored: Callable[[str], Iterable[bytes | memoryview]],
+    metadata: Mapping[str, str] | None = None,
+) -> Content:
+    """The same from the bytes of each tensor in turn, made when they are written: nothing is held in memory."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **(metadata or {})}}
     offset = 0
-    for name, values in tensors.items():
-        end = offset + values.size * ITEM_SIZES[code]
-        header[name] = {"dtype": code, "shape": list(values.shape), "data_offsets": [offset, end]}
+    for name, shape in shapes.items():
+        end = offset + math.prod(shape) * ITEM_SIZES[code]
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
 
     def fill(file: BinaryIO) -> None:
         file.write(len(text).to_bytes(8, "little") + text)
-        for values in tensors.values():
-            file.write(_encoded(values, code))
+        for name in shapes:
+            for part in stored(name):
+                file.write(part)
 
     return fill
 
@@ -151,12 +162,18 @@ def widen_bfloat16(bits: npt.NDArray[np.uint16], out: Floats | None = None) -> F
 def round_to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
     """The bits of the nearest bfloat16 numbers, ties to even; NaN stays NaN."""
     bits = values.view(np.uint32)
-    half_way = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = np.where(np.isnan(values), bits | np.uint32(0x40_0000), bits + half_way)
-    return (rounded >> np.uint32(16)).astype(np.uint16)
+    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits  # in place, and NaN apart: a fifth of the time that choosing number by number takes
+    nan = np.isnan(values)
+    if nan.any():
+        rounded[nan] = bits[nan] | np.uint32(0x40_0000)
+    rounded >>= np.uint32(16)
+    return rounded.astype(np.uint16)
 
 
-def _encoded(values: Floats, code: str) -> memoryview:
+def encoded(values: Floats, code: str) -> memoryview:
+    """A tensor as a file holds it; `code` is its type there, one of READABLE, to which it is rounded."""
     whole = np.ascontiguousarray(values, np.float32)
     return (round_to_bfloat16(whole) if code == "BF16" else whole.astype(READABLE[code], copy=False)).data
 
