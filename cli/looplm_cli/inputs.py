@@ -5,12 +5,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from looplm.errors import DataError
+from looplm.errors import DataError, UsageError
 from looplm_cli.render import print_warning, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from looplm.arrays import Ints
+    from looplm.cache import Policy
     from looplm.config import ModelConfig
+    from looplm.model_files import ModelFiles
+    from looplm.special_tokens import SpecialTokens
     from looplm.text import Tokenizer
     from looplm.weights import Weights
 
@@ -23,6 +28,7 @@ class Opened:
     config: "ModelConfig"
     weights: "Weights"
     tokenizer: "Tokenizer"
+    special_tokens: "SpecialTokens"
     provenance: dict[str, Any]
 
     @property
@@ -48,20 +54,22 @@ class Opened:
         return {key: int(self.task_settings[key]) for key in ("alphabet", "max_hops") if key in self.task_settings}
 
 
-def open_model(path: Path | None) -> Opened:
+def open_model(path: Path | None, accept: "Callable[[ModelFiles], object]" = lambda files: None) -> Opened:
     """Load the model named, or that of the most recent run; its warnings go to stderr.
+
+    `accept` may refuse the folder by an error before its weights are read, which can take a while.
 
     Raises: CheckpointError, ConfigError or DataError for a folder that is not a whole model.
     """
     from looplm.checkpoint import load_model, resolve_model
-    from looplm.text import Tokenizer
 
-    loaded = load_model(resolve_model(None if path is None else str(path)))
+    loaded = load_model(resolve_model(None if path is None else str(path)), accept)
     for warning in loaded.warnings:
         print_warning(warning)
     announce_compilation()
-    tokenizer = Tokenizer.from_file(loaded.folder)
-    return Opened(loaded.folder, loaded.config, loaded.weights, tokenizer, loaded.provenance)
+    return Opened(
+        loaded.folder, loaded.config, loaded.weights, loaded.tokenizer, loaded.special_tokens, loaded.provenance
+    )
 
 
 def announce_compilation() -> None:
@@ -116,6 +124,26 @@ def encode_prompt(model: Opened, text: str) -> "Ints":
             f"the prompt has {ids.shape[1]} tokens, more than the model's context of {context}", "shorten the prompt"
         )
     return ids
+
+
+def refuse_task(model: "Opened | ModelFiles") -> None:
+    """Raises: DataError for a model of a synthetic task, which has no language."""
+    task = model.provenance.get("task", "text")
+    if task != "text":
+        raise DataError(
+            f"{model.folder} was trained on the task {task!r}: it is not a language model",
+            f"look at its answers with: looplm inspect -m {model.folder}",
+        )
+
+
+def key_value_policy(kv: str) -> "Policy":
+    """What --kv says.  Raises: UsageError if there is no such policy."""
+    from looplm.cache import POLICIES
+
+    for policy in POLICIES:
+        if policy == kv:
+            return policy
+    raise UsageError(f"--kv {kv!r} is not known", "use last-exited or full")
 
 
 def check_loops(model: Opened, loops: int | None) -> int:
