@@ -229,6 +229,20 @@ def _generate(
     capacity = min(prompt.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
     loops = rule.deepest(config.total_ut_steps)
     session = Session(weights, loops=loops, capacity=capacity, policy=policy)
+    yield from _continue(session, prompt, prompt, rule, rng, sampling, max_new_tokens, stop_ids)
+
+
+def _continue(
+    session: Session,
+    prompt: Ints,
+    before: Ints,
+    rule: ExitRule,
+    rng: np.random.Generator,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+) -> Iterator[Generated]:
+    weights, config, loops = session.weights, session.weights.config, session.loops
     for begin in range(0, prompt.size, PREFILL_CHUNK):
         trace = session.feed(prompt[None, begin : begin + PREFILL_CHUNK])
     last = trace.hidden[:, :, -1]
@@ -237,7 +251,7 @@ def _generate(
     del trace, last  # all states of a chunk of the prompt
 
     seen = np.zeros(config.vocab_size, np.bool_)
-    seen[prompt] = True
+    seen[prompt] = seen[before] = True
     token = np.empty(1, np.int64)
     for count in range(1, max_new_tokens + 1):
         token[0], logprob = choose(logits, sampling, rng.random(), seen)
@@ -293,3 +307,28 @@ class StopStrings:
         """What was held back, at the end of the text."""
         held, self._held = self._held, ""
         return "" if self.found else held
+
+
+def continue_session(
+    session: Session,
+    input_ids: Ints,
+    *,
+    rule: ExitRule,
+    rng: np.random.Generator,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    before: Ints,
+) -> Iterator[Generated]:
+    """As `generate`, behind the positions that a session of one row already holds.  input_ids: S, before: S'.
+
+    `before` are the ids of those positions, for the repetition penalty.  At least one new id is needed.  Whenever it is
+    left, the session holds whole positions: a prefix of `before`, `input_ids` and the tokens given out.
+    """
+    prompt = np.ascontiguousarray(input_ids, np.int64)
+    return _continue(session, prompt, before, rule, rng, sampling, max_new_tokens, frozenset(stop_ids))
+
+
+def rewind(session: Session, positions: int) -> None:
+    """Forget all but the first positions, which must be there."""
+    session.cache.filled = min(session.filled, positions)
