@@ -144,8 +144,7 @@ class _Stream:
         elif len(parameter.shape) == 1:
             values = np.ones(size, np.float32)
         else:
-            generator = np.random.Generator(np.random.SFC64([self._seed, place, block]))
-            values = generator.standard_normal(size, np.float32)
+            values = np.random.default_rng([self._seed, place, block]).standard_normal(size, np.float32)
             values *= self._std
         return encoded(values, self._code)
 
