@@ -46,7 +46,7 @@ def special_tokens(
 ) -> SpecialTokens:
     """Put together what the files say; a file that is not there is an empty mapping or None.
 
-    Raises: CheckpointError if a file gives a special token or template in a form that is none.
+    Raises: CheckpointError if a file gives a special token in a form that is none.
     """
     texts = {
         key: text
@@ -73,11 +73,10 @@ def special_tokens(
         if not 0 <= token_id < vocab_size
     ]
     said = _contradictions(ends, tokenizer)
-    template, source = template_file, TEMPLATE_FILE
-    if template_file is None:
-        template, source = _template(tokenizer_config.get("chat_template")), TOKENIZER_CONFIG
+    template, unusable = _template(tokenizer_config.get("chat_template") if template_file is None else template_file)
+    source = TOKENIZER_CONFIG if template_file is None else TEMPLATE_FILE
     end_of_text = None if tokenizer is None else tokenizer.eos_id
-    return SpecialTokens(ends, end_of_text, texts, template, source, (*unknown, *said))
+    return SpecialTokens(ends, end_of_text, texts, template, source, (*unknown, *said, *unusable))
 
 
 def named(token_ids: frozenset[int], tokenizer: "Tokenizer | None") -> str:
@@ -105,17 +104,17 @@ def _spelling(key: str, value: Any) -> str | None:
     return text
 
 
-def _template(value: Any) -> str | None:
-    """The chat template: a text, or of several named ones that named "default"."""
+def _template(value: Any) -> tuple[str | None, list[str]]:
+    """The chat template, a text, or of several named ones that named "default"; and a warning where it is neither."""
     if value is None or isinstance(value, str):
-        return value
+        return value, []
     entries = value if isinstance(value, list) else []
     by_name = {e.get("name"): e.get("template") for e in entries if isinstance(e, Mapping)}
     chosen = by_name.get("default")
-    if not isinstance(chosen, str):
-        names = ", ".join(map(repr, by_name)) or "none"
-        raise CheckpointError(f"{TOKENIZER_CONFIG}: no chat template is named 'default' (there are: {names})", AGAIN)
-    return chosen
+    if isinstance(chosen, str):
+        return chosen, []
+    names = ", ".join(map(repr, by_name)) or "none"
+    return None, [f"{TOKENIZER_CONFIG} has no chat template named 'default' (there are: {names})"]
 
 
 def _contradictions(ends: Mapping[str, frozenset[int]], tokenizer: "Tokenizer | None") -> list[str]:

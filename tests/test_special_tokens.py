@@ -80,9 +80,15 @@ def test_a_token_may_be_spelled_as_a_mapping_or_be_null(tmp_path: pathlib.Path) 
             {"eos_token_id": [2, 999]},
             "ends a text with token 999, but the vocabulary has 261",
         ),
+        ("tokenizer_config.json", {"chat_template": 5}, "no chat template named 'default' (there are: none)"),
+        (
+            "tokenizer_config.json",
+            {"chat_template": [{"name": "rag", "template": "x"}]},
+            "no chat template named 'default' (there are: 'rag')",
+        ),
     ],
 )
-def test_an_end_that_cannot_come_is_a_warning(
+def test_what_cannot_be_used_is_a_warning(
     name: str, changes: dict[str, Any], message: str, tmp_path: pathlib.Path
 ) -> None:
     edit(chat_model(tmp_path), name, **changes)
@@ -96,12 +102,6 @@ def test_an_end_that_cannot_come_is_a_warning(
         ("generation_config.json", {"eos_token_id": "two"}, "eos_token_id='two' is neither a token id nor a list"),
         ("generation_config.json", {"eos_token_id": [True]}, "eos_token_id=[True] is neither"),
         ("tokenizer_config.json", {"eos_token": 2}, "eos_token=2 is not a token's spelling"),
-        ("tokenizer_config.json", {"chat_template": 5}, "no chat template is named 'default' (there are: none)"),
-        (
-            "tokenizer_config.json",
-            {"chat_template": [{"name": "rag", "template": "x"}]},
-            "no chat template is named 'default' (there are: 'rag')",
-        ),
     ],
     ids=str,
 )
