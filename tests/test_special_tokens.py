@@ -160,6 +160,17 @@ def test_every_kind_of_end_ends_a_text(tmp_path: pathlib.Path) -> None:
         (folder / name).write_bytes(before)
 
 
+def test_info_tells_what_ends_a_text(tmp_path: pathlib.Path) -> None:
+    folder = chat_model(tmp_path, eos=0)
+    report = report_of("info", "-m", folder)
+    assert report["ends"] == {"config.json": [0], "generation_config.json": [0], "tokenizer_config.json": [2]}
+    assert report["chat_template"] == "tokenizer_config.json"
+    assert len(report["warnings"]) == 1
+    out, _ = looplm("info", "-m", folder, width=200)
+    assert "ends a text: config.json 0, generation_config.json 0, tokenizer_config.json 2\n" in out
+    assert "chat template: tokenizer_config.json\n" in out
+
+
 # ---- reading leaves no trace
 
 
