@@ -7,7 +7,7 @@ What is written opens in transformers, vLLM and the MLX ports.  Nothing is downl
 import dataclasses
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -46,8 +46,8 @@ class LoadedModel(ModelFiles):
     weights: Weights
 
 
-def load_model(folder: str | pathlib.Path) -> LoadedModel:
-    """Open a model folder and map its weights.
+def load_model(folder: str | pathlib.Path, accept: Callable[[ModelFiles], object] = lambda files: None) -> LoadedModel:
+    """Open a model folder and map its weights; `accept` may refuse it by an error before they are touched.
 
     Float32 tensors are not copied: they are one flat buffer if they lie in its order, and mapped one by one otherwise.
     Shorter types and quantized matrices are widened exactly, into one flat buffer.
@@ -55,6 +55,7 @@ def load_model(folder: str | pathlib.Path) -> LoadedModel:
     Raises: what `open_model` raises.  Weights that are not finite numbers are a warning.
     """
     files = open_model(folder)
+    accept(files)
     weights = _read_weights(files)
     known = {field.name: getattr(files, field.name) for field in dataclasses.fields(files)}
     return LoadedModel(**known | {"warnings": files.warnings + _check_finite(weights)}, weights=weights)

@@ -209,12 +209,13 @@ def generate(
     check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
     capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
     session = Session(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
-    return _generate(session, prompt_ids, rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
+    return _continue(session, prompt_ids, prompt_ids[:0], rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
 
 
-def _generate(
+def _continue(
     session: Session,
     prompt_ids: Ints,
+    before: Ints,
     rule: ExitRule,
     rng: np.random.Generator,
     sampling: Sampling,
@@ -232,7 +233,7 @@ def _generate(
     del trace, last  # all states of a chunk of the prompt
 
     seen = np.zeros(config.vocab_size, np.bool_)
-    seen[prompt] = True
+    seen[prompt] = seen[before] = True
     token = np.empty(1, np.int64)
     for count in range(1, max_new_tokens + 1):
         token[0], logprob = choose(logits, sampling, rng.random(), seen)
@@ -288,3 +289,27 @@ class StopStrings:
         """What was held back, at the end of the text."""
         held, self._held = self._held, ""
         return "" if self.found else held
+
+
+def continue_session(
+    session: Session,
+    input_ids: Ints,
+    *,
+    rule: ExitRule,
+    rng: np.random.Generator,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: Collection[int] = (),
+    before: Ints,
+) -> Iterator[Generated]:
+    """As `generate`, behind the positions that a session of one row already holds.  input_ids: S, before: S'.
+
+    `before` are the ids of those positions, for the repetition penalty.  At least one new id is needed.  Whenever it is
+    left, the session holds whole positions: a prefix of `before`, `input_ids` and the tokens given out.
+    """
+    return _continue(session, input_ids, before, rule, rng, sampling, max_new_tokens, frozenset(stop_ids))
+
+
+def rewind(session: Session, positions: int) -> None:
+    """Forget all but the first positions, which must be there."""
+    session.cache.filled = min(session.filled, positions)

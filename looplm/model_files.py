@@ -6,6 +6,7 @@ The layout is Hugging Face's for Ouro; `looplm.json`, which says where a model c
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from .config import ModelConfig, model_config_from_json
 from .errors import CheckpointError
 from .quantization import FORMATS, Quantization, Quantized, quantization_from_json, scale_name
 from .safetensors_file import READABLE, TensorFile
+from .special_tokens import GENERATION_CONFIG, TEMPLATE_FILE, TOKENIZER_CONFIG, SpecialTokens, special_tokens
 from .weights import parameter_table
 
 if TYPE_CHECKING:  # importing the tokenizer library costs 40 ms
@@ -36,6 +38,7 @@ class ModelFiles:
     config: ModelConfig
     stored_in: dict[str, TensorFile]  # tensor name -> the file that holds it
     own_tokenizer: "Tokenizer | None"
+    special_tokens: SpecialTokens
     provenance: dict[str, Any]  # looplm.json; empty for a model from elsewhere
     warnings: list[str]
     quantization: Quantization | None  # how its matrices are stored, if not as floats
@@ -72,8 +75,8 @@ class ModelFiles:
 def open_model(folder: str | pathlib.Path) -> ModelFiles:
     """Check a model folder: config, headers, names and shapes of all tensors, size of the vocabulary.
 
-    Raises: CheckpointError for damaged files, missing, extra or misshapen tensors, or a tokenizer with more tokens than
-    the model; ConfigError for another architecture; DataError for a damaged tokenizer.
+    Raises: CheckpointError for damaged files, missing, extra or misshapen tensors, a tokenizer with more tokens than
+    the model, or special tokens that are none; ConfigError for another architecture; DataError for a damaged tokenizer.
     """
     folder = pathlib.Path(folder)
     if not folder.is_dir():
@@ -85,13 +88,32 @@ def open_model(folder: str | pathlib.Path) -> ModelFiles:
     _check_tensors(folder, config, quantization, stored_in)
     tokenizer = _read_tokenizer(folder)
     warnings = check_vocabulary(folder / TOKENIZER, tokenizer, config) if tokenizer else []
+    special = read_special_tokens(folder, values, tokenizer)
+    warnings += special.warnings
     provenance: dict[str, Any] = {}
     try:
         if (folder / PROVENANCE).exists():
             provenance = read_json(folder / PROVENANCE)
     except CheckpointError as error:
         warnings.append(f"the model's origin is unknown: {error}")
-    return ModelFiles(folder, config, stored_in, tokenizer, provenance, warnings, quantization)
+    return ModelFiles(folder, config, stored_in, tokenizer, special, provenance, warnings, quantization)
+
+
+def read_special_tokens(
+    folder: pathlib.Path, config_json: Mapping[str, Any], tokenizer: "Tokenizer | None"
+) -> SpecialTokens:
+    """What all files of the folder say about special tokens and the chat template.
+
+    Raises: CheckpointError if one of them is damaged.
+    """
+    others = [
+        read_json(folder / name) if (folder / name).exists() else {} for name in (GENERATION_CONFIG, TOKENIZER_CONFIG)
+    ]
+    template = _read_text(folder / TEMPLATE_FILE) if (folder / TEMPLATE_FILE).exists() else None
+    try:
+        return special_tokens(config_json, others[0], others[1], template, tokenizer)
+    except CheckpointError as error:
+        raise CheckpointError(f"{folder}: {error}", error.hint) from error
 
 
 def check_vocabulary(where: pathlib.Path, tokenizer: "Tokenizer", config: ModelConfig) -> list[str]:
@@ -119,6 +141,13 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path} holds {type(values).__name__}, not named values", "copy the file again")
     return values
+
+
+def _read_text(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}", "copy or download the file again") from error
 
 
 def find_tensors(folder: pathlib.Path) -> dict[str, TensorFile]:

@@ -107,7 +107,7 @@ class TensorFile:
             for name, values in changes.items():
                 entry = self.entries[name]
                 file.seek(entry.begin)
-                file.write(_encoded(values, entry.dtype))
+                file.write(encoded(values, entry.dtype))
 
         return fill
 
@@ -131,7 +131,7 @@ def tensors_content(
     """The content of a safetensors file, as `replace_files` writes it; `dtype` is float32 or bfloat16 (rounded)."""
     code = STORABLE[dtype]
     layout = {name: (code, values.shape) for name, values in tensors.items()}
-    return streamed_content(layout, lambda: (_encoded(values, code) for values in tensors.values()), metadata)
+    return streamed_content(layout, lambda: (encoded(values, code) for values in tensors.values()), metadata)
 
 
 def streamed_content(
@@ -171,12 +171,18 @@ def widen_bfloat16(bits: npt.NDArray[np.uint16], out: Floats | None = None) -> F
 def round_to_bfloat16(values: Floats) -> npt.NDArray[np.uint16]:
     """The bits of the nearest bfloat16 numbers, ties to even; NaN stays NaN."""
     bits = values.view(np.uint32)
-    half_way = np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    rounded = np.where(np.isnan(values), bits | np.uint32(0x40_0000), bits + half_way)
-    return (rounded >> np.uint32(16)).astype(np.uint16)
+    rounded = (bits >> np.uint32(16)) & np.uint32(1)
+    rounded += np.uint32(0x7FFF)
+    rounded += bits  # in place, and NaN apart: a fifth of the time that choosing number by number takes
+    nan = np.isnan(values)
+    if nan.any():
+        rounded[nan] = bits[nan] | np.uint32(0x40_0000)
+    rounded >>= np.uint32(16)
+    return rounded.astype(np.uint16)
 
 
-def _encoded(values: Floats, code: str) -> memoryview:
+def encoded(values: Floats, code: str) -> memoryview:
+    """A tensor as a file holds it; `code` is its type there, one of READABLE, to which it is rounded."""
     whole = np.ascontiguousarray(values, np.float32)
     return (round_to_bfloat16(whole) if code == "BF16" else whole.astype(READABLE[code], copy=False)).data
 

@@ -1,8 +1,8 @@
 """Text to token ids and back: trained, byte and letter tokenizers, and decoding one token at a time.
 
 Every tokenizer here is a `tokenizer.json` that the `tokenizers` library opens.  Text is never special: a text that
-contains "<|endoftext|>" is encoded as those characters, so that only this program decides where a document starts.
-Chat templates are not here.
+contains "<|endoftext|>" is encoded as those characters, so that only this program decides where a document starts.  The
+one exception is `encode_marked`, for what a chat template made.  Chat templates are not here.
 """
 
 import codecs
@@ -86,6 +86,15 @@ class Tokenizer:
         self._check(text)
         return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
 
+    def encode_marked(self, text: str) -> Ints:
+        """Token ids of a text in which the spelling of a special token is that token.  Raises: as `encode`."""
+        self._check(text)
+        self._backend.encode_special_tokens = False
+        try:
+            return np.array(self._backend.encode(text, add_special_tokens=False).ids, np.int64)
+        finally:
+            self._backend.encode_special_tokens = True
+
     def encode_long(self, text: str) -> Ints:
         """The same ids as `encode`, piece by piece, several at a time on the library's threads."""
         self._check(text)
@@ -103,21 +112,33 @@ class Tokenizer:
         encodings = self._backend.encode_batch_fast(texts, add_special_tokens=False)
         return [np.array(encoding.ids, np.int64) for encoding in encodings]
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """The text of token ids; special tokens are left out, bytes that are no character become U+FFFD.
+    def decode(self, ids: Iterable[int], special: bool = False) -> str:
+        """The text of token ids; bytes that are no character become U+FFFD.
+
+        Special tokens are left out, or with `special` spelled, so that `encode_marked` finds them again.
 
         Raises: DataError if an id is outside the vocabulary (the library would drop it silently).
         """
         listed = [int(i) for i in ids]
         if self._byte_level:
-            return b"".join(map(self.token_bytes, listed)).decode("utf-8", "replace")
+            spelled = self._raw_bytes if special else self.token_bytes
+            return b"".join(map(spelled, listed)).decode("utf-8", "replace")
         for i in listed:
             self._token(i)
-        return self._backend.decode(listed, skip_special_tokens=True)
+        return self._backend.decode(listed, skip_special_tokens=not special)
 
-    def stream(self) -> "TextStream":
-        """A decoder that is fed one id at a time."""
-        return TextStream(self)
+    def stream(self, special: bool = False) -> "TextStream":
+        """A decoder that is fed one id at a time; `special` as in `decode`."""
+        return TextStream(self, special)
+
+    @property
+    def special_tokens(self) -> dict[str, int]:
+        """The special tokens by their spelling."""
+        return {self._token(i): i for i in sorted(self._special)}
+
+    def id_of(self, token: str) -> int | None:
+        """The id of the token that is spelled so, None if there is none."""
+        return self._backend.token_to_id(token)
 
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes a token adds to the text: none for a special token, perhaps part of a character otherwise."""
@@ -169,16 +190,17 @@ class Tokenizer:
 class TextStream:
     """Decodes ids one by one; what it returns, joined, is `Tokenizer.decode` of all of them."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, special: bool = False) -> None:
         self._tokenizer = tokenizer
+        self._bytes_of = tokenizer._raw_bytes if special else tokenizer.token_bytes
         self._pending = codecs.getincrementaldecoder("utf-8")("replace")
         # A decoder that is not byte by byte (one that adds spaces between words, say) needs its left neighbours.
-        self._neighbours = None if tokenizer._byte_level else decoders.DecodeStream(skip_special_tokens=True)
+        self._neighbours = None if tokenizer._byte_level else decoders.DecodeStream(skip_special_tokens=not special)
 
     def push(self, token_id: int) -> str:
         """The characters that this token completes, "" while one is still missing bytes."""
         if self._neighbours is None:
-            return self._pending.decode(self._tokenizer.token_bytes(int(token_id)))
+            return self._pending.decode(self._bytes_of(int(token_id)))
         self._tokenizer._token(int(token_id))
         return self._neighbours.step(self._tokenizer._backend, int(token_id)) or ""
 
@@ -206,7 +228,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size < 257:
         raise DataError(f"vocab_size={vocab_size} is too small", "256 bytes and one special token need at least 257")
     backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = _ouro_pre_tokenizer()
+    backend.pre_tokenizer = ouro_pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -223,7 +245,7 @@ def byte_tokenizer() -> Tokenizer:
     vocabulary = {END_OF_TEXT: 0} | {character: byte + 1 for character, byte in _byte_of_character().items()}
     backend = tokenizers.Tokenizer(models.BPE(vocabulary, []))
     backend.add_special_tokens([END_OF_TEXT])
-    backend.pre_tokenizer = _ouro_pre_tokenizer()
+    backend.pre_tokenizer = ouro_pre_tokenizer()
     backend.decoder = decoders.ByteLevel()
     return Tokenizer.from_json(backend.to_str(pretty=True))
 
@@ -269,7 +291,8 @@ def tokenizer_config_json(tokenizer: Tokenizer, model_max_length: int) -> str:
     return json.dumps(values, indent=2) + "\n"
 
 
-def _ouro_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+def ouro_pre_tokenizer() -> pre_tokenizers.PreTokenizer:
+    """Each digit alone, then GPT-2's pattern, as in the published tokenizer."""
     return pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )

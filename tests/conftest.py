@@ -1,7 +1,10 @@
 """What several test files share.  Commands that tests start as processes of their own run this tree, as pytest does."""
 
+import io
 import os
 import pathlib
+import sys
+from collections.abc import Callable
 
 import pytest
 
@@ -16,3 +19,14 @@ def story(tmp_path: pathlib.Path) -> str:
     path = tmp_path / "story.txt"
     path.write_text(line * 60, encoding="utf-8")
     return str(path)
+
+
+@pytest.fixture
+def lines(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Call it with the lines that a command is to find on its standard input."""
+
+    def put(*texts: str) -> None:
+        raw = "".join(f"{text}\n" for text in texts).encode()
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(raw), encoding="utf-8"))
+
+    return put

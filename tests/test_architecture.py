@@ -20,11 +20,12 @@ ROOT = pathlib.Path(__file__).parents[1]
 MOST_LINES = 400
 ROOMS = {  # room -> what its files may import besides the standard library
     "looplm/kernels": {"numpy", "looplm"},
-    "looplm": {"numpy", "tokenizers", "yaml", "looplm"},
+    "looplm": {"numpy", "tokenizers", "yaml", "jinja2", "looplm"},
     "reference/looplm_reference": {"numpy", "looplm_reference"},
     "fixtures/looplm_fixtures": {"numpy", "looplm_fixtures"},
     "cli/looplm_cli": {"typer", "rich", "numpy", "yaml", "looplm", "looplm_reference", "looplm_fixtures", "looplm_cli"},
 }
+OPTIONAL = {"looplm/template_worker.py": "chat"}  # file -> the extra that it may import from, alone
 COMPILERS = {"numba", "llvmlite"}
 MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("jit", "intrinsics", "vectors", "streams", "addresses", "amx")}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
@@ -101,12 +102,20 @@ def undeclared_dependencies(root: pathlib.Path) -> list[str]:
     if not (root / "pyproject.toml").exists():
         return []
     project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    declared = {re.split(r"[<>=~! ]", line)[0].replace("pyyaml", "yaml") for line in project["dependencies"]}
+    extras = {name: _packages(lines) for name, lines in project.get("optional-dependencies", {}).items()}
+    declared = _packages(project["dependencies"])
     rooms = {room.split("/")[-1] for room in ROOMS} | {"llvmlite"}  # which comes with numba, version for version
-    used = {i.split(".")[0] for name, tree in sources(root) if room_of(name) for i in imports(name, tree)}
+    used: set[str] = set()
+    for name, tree in sources(root):
+        if room_of(name):
+            used |= {i.split(".")[0] for i in imports(name, tree)} - extras.get(OPTIONAL.get(name, ""), set())
     used -= rooms | set(sys.stdlib_module_names)
     wrong = [f"{package} is imported but not a dependency" for package in sorted(used - declared)]
     return wrong + [f"{package} is a dependency but not imported" for package in sorted(declared - used)]
+
+
+def _packages(lines: list[str]) -> set[str]:
+    return {re.split(r"[<>=~! ]", line)[0].replace("pyyaml", "yaml") for line in lines}
 
 
 def compiler_imports(root: pathlib.Path) -> list[str]:
@@ -294,6 +303,14 @@ WRONG = {
     "a package that nothing brings": (
         undeclared_dependencies,
         {"pyproject.toml": "[project]\ndependencies = []\n", "looplm/text.py": "import yaml\n"},
+    ),
+    "an extra's package where it is not optional": (
+        undeclared_dependencies,
+        {
+            "pyproject.toml": "[project]\ndependencies = []\noptional-dependencies.chat = ['jinja2>=3.1']\n",
+            "looplm/template_worker.py": "import jinja2\n",
+            "looplm/chat.py": "import jinja2\n",
+        },
     ),
     "a package that nothing needs": (
         undeclared_dependencies,

@@ -16,7 +16,7 @@ from rich.console import Console
 from looplm import errors
 from looplm_cli import app, options, render
 
-HEAVY = {"numpy", "numba", "llvmlite", "tokenizers", "safetensors", "yaml"}
+HEAVY = {"numpy", "numba", "llvmlite", "tokenizers", "safetensors", "yaml", "jinja2"}
 COMMAND = [sys.executable, "-m", "looplm_cli"]
 
 

@@ -15,7 +15,7 @@ from looplm.generation import generate as engine
 from looplm.memory import resident
 from looplm.sampling import Sampling
 from looplm.text import byte_tokenizer, letter_tokenizer
-from looplm_cli.commands.generate import Written
+from looplm_cli.written import Written
 from tiny_models import hops_model, save_tiny, text_run
 
 PROMPT = "It was the best"

@@ -46,6 +46,18 @@ def test_stream_is_decode_and_never_half_a_character(tokenizer):
     assert "" in shown
 
 
+def test_special_tokens_are_spelled_and_found_again_where_that_is_asked(tokenizer):
+    plain, marked = tokenizer.encode("a<|endoftext|>é"), tokenizer.encode_marked("a<|endoftext|>é")
+    assert list(tokenizer.special_tokens.items()) == [("<|endoftext|>", 0)]
+    assert 0 not in plain
+    assert list(marked) == [*tokenizer.encode("a"), 0, *tokenizer.encode("é")]
+    assert tokenizer.decode(marked, special=True) == "a<|endoftext|>é"
+    assert tokenizer.decode(marked) == "aé"
+    stream = tokenizer.stream(special=True)
+    assert "".join(stream.push(i) for i in marked) + stream.flush() == "a<|endoftext|>é"
+    assert np.array_equal(tokenizer.encode("a<|endoftext|>é"), plain)  # and only then
+
+
 def test_stream_of_ids_that_are_no_text(tokenizer):
     ids = np.random.default_rng(0).integers(0, tokenizer.vocab_size, 4000)
     stream = tokenizer.stream()

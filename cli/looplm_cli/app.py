@@ -29,10 +29,12 @@ COMMANDS = {
     "train": "Train a looped model and its exit gate on text or on a built-in task.",
     "calibrate": "Teach the gate alone when to stop looping, and keep the better gate.",
     "generate": "Continue a prompt, looping only as often as each token needs.",
+    "chat": "Talk with a model whose folder has a chat template.",
     "inspect": "Look inside the loops: what each loop predicts, and where it would stop.",
     "eval": "Measure loss, bits per byte and accuracy at every depth and exit threshold.",
     "quantize": "Write a model with int8 or int4 weights, and say what that costs in every loop.",
     "info": "Show what a model is made of, what this machine offers, or what a training would take.",
+    "init": "Write a model with random weights, in the shape of a published one or of a folder.",
     "warmup": "Compile all kernels now, so that no later command has to.",
     "verify": "Prove the engine right: reference, mutants, fixtures.",
 }

@@ -5,12 +5,17 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from looplm.errors import DataError
+from looplm.errors import DataError, UsageError
 from looplm_cli.render import print_warning, say
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from looplm.arrays import Ints
+    from looplm.cache import KeyValueType, Policy
     from looplm.config import ModelConfig
+    from looplm.model_files import ModelFiles
+    from looplm.special_tokens import SpecialTokens
     from looplm.stored import StoredWeights
     from looplm.text import Tokenizer
     from looplm.weights import Weights
@@ -27,6 +32,7 @@ class Opened(Generic[W]):
     config: "ModelConfig"
     weights: W
     tokenizer: "Tokenizer"
+    special_tokens: "SpecialTokens"
     provenance: dict[str, Any]
 
     @property
@@ -52,41 +58,44 @@ class Opened(Generic[W]):
         return {key: int(self.task_settings[key]) for key in ("alphabet", "max_hops") if key in self.task_settings}
 
 
-def open_model(path: Path | None) -> "Opened[Weights]":
+def open_model(path: Path | None, accept: "Callable[[ModelFiles], object]" = lambda files: None) -> "Opened[Weights]":
     """Load the model named, or that of the most recent run; its warnings go to stderr.
+
+    `accept` may refuse the folder by an error before its weights are read, which can take a while.
 
     Raises: CheckpointError, ConfigError or DataError for a folder that is not a whole model.
     """
     from looplm.checkpoint import load_model, resolve_model
-    from looplm.text import Tokenizer
 
-    loaded = load_model(resolve_model(None if path is None else str(path)))
+    loaded = load_model(resolve_model(None if path is None else str(path)), accept)
     for warning in loaded.warnings:
         print_warning(warning)
     announce_compilation()
-    tokenizer = Tokenizer.from_file(loaded.folder)
-    return Opened(loaded.folder, loaded.config, loaded.weights, tokenizer, loaded.provenance)
+    return Opened(
+        loaded.folder, loaded.config, loaded.weights, loaded.tokenizer, loaded.special_tokens, loaded.provenance
+    )
 
 
-def open_stored(path: Path | None, wanted: str | None) -> "Opened[StoredWeights]":
+def open_stored(
+    path: Path | None, wanted: str | None, accept: "Callable[[ModelFiles], object]" = lambda files: None
+) -> "Opened[StoredWeights]":
     """As `open_model`, but nothing is widened: weights are read as they are stored, or as the format wanted.
 
     Raises: what `open_model` raises; UsageError for an unknown format.
     """
     from looplm.checkpoint import resolve_model
-    from looplm.errors import UsageError
     from looplm.model_files import open_model as open_files
     from looplm.stored import FORMATS, read_stored
-    from looplm.text import Tokenizer
 
     if wanted is not None and wanted not in FORMATS:
         raise UsageError(f"--weights {wanted!r} is not known", f"use one of {', '.join(FORMATS)}")
     files = open_files(resolve_model(None if path is None else str(path)))
+    accept(files)
     for warning in files.warnings:
         print_warning(warning)
     announce_compilation()
     weights = read_stored(files, wanted)
-    return Opened(files.folder, files.config, weights, Tokenizer.from_file(files.folder), files.provenance)
+    return Opened(files.folder, files.config, weights, files.tokenizer, files.special_tokens, files.provenance)
 
 
 def announce_compilation() -> None:
@@ -141,6 +150,36 @@ def encode_prompt(model: Opened, text: str) -> "Ints":
             f"the prompt has {ids.shape[1]} tokens, more than the model's context of {context}", "shorten the prompt"
         )
     return ids
+
+
+def refuse_task(model: "Opened | ModelFiles") -> None:
+    """Raises: DataError for a model of a synthetic task, which has no language."""
+    task = model.provenance.get("task", "text")
+    if task != "text":
+        raise DataError(
+            f"{model.folder} was trained on the task {task!r}: it is not a language model",
+            f"look at its answers with: looplm inspect -m {model.folder}",
+        )
+
+
+def key_value_policy(kv: str) -> "Policy":
+    """What --kv says.  Raises: UsageError if there is no such policy."""
+    from looplm.cache import POLICIES
+
+    for policy in POLICIES:
+        if policy == kv:
+            return policy
+    raise UsageError(f"--kv {kv!r} is not known", "use last-exited or full")
+
+
+def key_value_type(kv_dtype: str) -> "KeyValueType":
+    """What --kv-dtype says.  Raises: UsageError if it is neither type."""
+    from looplm.cache import KEY_VALUE_TYPES
+
+    for known in KEY_VALUE_TYPES:
+        if known == kv_dtype:
+            return known
+    raise UsageError(f"--kv-dtype {kv_dtype!r} is not known", "use float32 or bfloat16")
 
 
 def check_loops(model: Opened, loops: int | None) -> int:

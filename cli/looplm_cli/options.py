@@ -92,6 +92,82 @@ LoopsOption = Annotated[
         rich_help_panel=LOOPS,
     ),
 ]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature",
+        "-t",
+        min=0.0,
+        callback=finite,
+        help="Below 1 bolder on what is likely, above 1 wilder; 0 always takes the most likely token.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+TopKOption = Annotated[
+    int, typer.Option("--top-k", min=0, help="Only the k most likely tokens; 0: all.", rich_help_panel=SAMPLING)
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        "--top-p",
+        min=0.0,
+        max=1.0,
+        callback=finite,
+        help="Only the most likely tokens that together reach this probability.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+MinPOption = Annotated[
+    float,
+    typer.Option(
+        "--min-p",
+        min=0.0,
+        max=1.0,
+        callback=finite,
+        help="Only tokens at least this fraction as likely as the most likely one.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float,
+    typer.Option(
+        "--repetition-penalty",
+        min=1e-6,
+        callback=finite,
+        help="Above 1, tokens seen before become less likely.",
+        rich_help_panel=SAMPLING,
+    ),
+]
+MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The most tokens to write.")]
+KvOption = Annotated[
+    str,
+    typer.Option(
+        "--kv",
+        metavar="last-exited|full",
+        help="Keys and values of loops a token did not run. last-exited: those of its last loop, so loops are "
+        "really saved; full: all loops always run, and stopping only chooses which state is read.",
+        rich_help_panel=LOOPS,
+    ),
+]
+KvDtypeOption = Annotated[
+    str,
+    typer.Option(
+        "--kv-dtype",
+        metavar="float32|bfloat16",
+        help="The type of cached keys and values; bfloat16 takes half the memory.",
+        rich_help_panel=MACHINE,
+    ),
+]
+WeightsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--weights",
+        metavar="float32|bfloat16|int8|int4",
+        show_default="as stored",
+        help="The format to hold the weights in: shorter ones are read faster; int8 and int4 round.",
+        rich_help_panel=MACHINE,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Start of every random choice.")]
 OutDirOption = Annotated[
     Path | None,

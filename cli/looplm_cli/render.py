@@ -126,6 +126,22 @@ def exit_histogram(shares: Sequence[float]) -> str:
     return f"{sparkline(shares)}  {numbers}"
 
 
+def print_loops(tokens: Iterable[tuple[str, int]], depth: int) -> None:
+    """Tokens on lines as wide as the terminal, under each the loop it was read from, of `depth` (stdout)."""
+    from rich.cells import cell_len
+    from rich.text import Text
+
+    above, below = Text(), Text()
+    for token, loop in tokens:
+        size = max(cell_len(token), len(str(loop))) + 1
+        if above and cell_len(above.plain) + size > stdout().width:
+            stdout().print(above, below, sep="\n", soft_wrap=True)
+            above, below = Text(), Text()
+        above.append(token + " " * (size - cell_len(token)))
+        below.append(str(loop), style=heat(loop / depth)).append(" " * (size - len(str(loop))))
+    stdout().print(above, below, sep="\n", soft_wrap=True)
+
+
 def heat(share: float) -> "Style":
     """Background for a probability from 0 to 1, with the text colour that reads best on it."""
     from rich.color import Color

@@ -96,6 +96,8 @@ def _model(files: "ModelFiles") -> dict[str, Any]:
         ],
         "quantization": files.quantization.json(files.config) if files.quantization else None,
         "tokenizer_vocab_size": files.own_tokenizer.vocab_size if files.own_tokenizer else None,
+        "ends": {name: sorted(ids) for name, ids in files.special_tokens.claims.items()},
+        "chat_template": files.special_tokens.template_file if files.special_tokens.chat_template else None,
         "origin": files.provenance,
         "warnings": files.warnings,
     }
@@ -136,6 +138,9 @@ def _print_model(report: dict[str, Any]) -> None:
     )
     print_table(["tensor", "n", "shape", "dtype"], _shapes(report["tensors"]))
     print_table(["file", "size", "tensors"], [(f["name"], _bytes(f["bytes"]), f["tensors"]) for f in report["files"]])
+    ends = ", ".join(f"{name} {' '.join(map(str, ids))}" for name, ids in report["ends"].items())
+    say(f"token that ends a text: {ends or 'no file says'}", markup=False, soft_wrap=True)
+    say(f"chat template: {report['chat_template'] or 'none'}", markup=False, soft_wrap=True)
     say("origin: " + (_origin(report["origin"]) or "unknown (no looplm.json)"), markup=False, soft_wrap=True)
 
 
