@@ -32,6 +32,12 @@ CONFIGS: dict[str, dict[str, int]] = {
     "test": {"d": 16, "L": 1, "heads": 2, "ff": 24, "vocab": 31, "S": 8, "B": 2},  # of the benchmarks themselves
 }
 SHOWN = ("tiny", "small", "medium")
+DECODE_CONFIGS: dict[str, dict[str, int]] = {
+    "ouro1.4b": {"d": 2048, "L": 24, "heads": 16, "ff": 5632, "vocab": 49152},
+    "small512": {"d": 512, "L": 8, "heads": 8, "ff": 1408, "vocab": 8192},
+    "small": {"d": 256, "L": 6, "heads": 8, "ff": 704, "vocab": 4096},
+    "test": {"d": 16, "L": 1, "heads": 2, "ff": 24, "vocab": 32},
+}
 LOOPS = 4  # R
 
 Answer = dict[str, Any]

@@ -12,8 +12,10 @@ import numpy as np
 
 from .arrays import Array, Floats, Ints
 from .data import Batch
+from .generation import Session
 from .kernels import exit_distribution_forward, exit_loop
-from .model import LOGIT_CHUNK, Trace, forward
+from .model import LOGIT_CHUNK, Readable, Trace, forward
+from .stored import StoredWeights
 from .threads import run_all, shards
 from .weights import Weights
 
@@ -59,7 +61,7 @@ def next_token_target(input_ids: Ints) -> Ints:
 
 
 def inspect(
-    weights: Weights,
+    weights: Weights | StoredWeights,
     input_ids: Ints,
     target: Ints | None = None,
     *,
@@ -72,17 +74,21 @@ def inspect(
 
     `target` defaults to the next token.  Ids must be below vocab_size.
     """
-    trace = forward(weights, input_ids, loops=loops, threads=threads)
+    if isinstance(weights, StoredWeights):
+        session = Session(weights, batch=len(input_ids), loops=loops, capacity=input_ids.shape[1], threads=threads)
+        trace = session.feed(input_ids)
+    else:
+        trace = forward(weights, input_ids, loops=loops, threads=threads)
     if target is None:
         target = next_token_target(input_ids)
     shape = trace.hidden.shape[:3]
-    kept = min(top_k, weights.head.shape[0])
+    kept = min(top_k, weights.config.vocab_size)
     top_ids, top_prob = np.empty((*shape, kept), np.int64), np.empty((*shape, kept), np.float32)
     loss, kl_to_last = np.empty(shape, np.float32), np.empty(shape, np.float32)
     rank = np.empty(shape, np.int64)
     views = [_by_position(array) for array in (top_ids, top_prob, loss, rank, kl_to_last)]
     states, targets = _by_position(trace.hidden), target.reshape(-1)
-    chunk = max(1, LOGIT_CHUNK // weights.head.shape[0])
+    chunk = max(1, LOGIT_CHUNK // weights.config.vocab_size)
     for begin in range(0, targets.size, chunk):
         part = slice(begin, begin + chunk)
         last = _log_softmax(states[-1, part], weights)
@@ -100,7 +106,7 @@ def inspect(
         loss=loss,
         rank=rank,
         kl_to_last=kl_to_last,
-        change=_relative_change(trace.hidden, weights.embedding[input_ids]),
+        change=_relative_change(trace.hidden, weights.embedded(input_ids)),
         hazard=trace.hazard,
         exit_prob=trace.exit_prob,
         exit_cdf=trace.exit_cdf,
@@ -113,9 +119,9 @@ def _by_position(array: Array) -> Array:
     return array.reshape(array.shape[0], -1, *array.shape[3:])
 
 
-def _log_softmax(states: Floats, weights: Weights) -> Array:
+def _log_softmax(states: Floats, weights: Readable) -> Array:
     """ND -> NV, float64: a KL divergence of nearly equal predictions is a small difference."""
-    logits = np.matmul(states, weights.head.T).astype(np.float64)
+    logits = weights.logits(states).astype(np.float64)
     logits -= logits.max(axis=1, keepdims=True)
     logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
     return logits

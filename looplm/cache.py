@@ -11,41 +11,56 @@ Knowingly not here: sharing one slot among the loops, or keeping fewer than all 
 
 from typing import Literal, get_args
 
-from .arrays import Floats, Ints, aligned_empty
+import numpy as np
+
+from .arrays import Array, Ints, aligned_empty
 from .config import ModelConfig
-from .layer import Past
+from .kernels.streams import BFLOAT16, FLOAT32
 
 Policy = Literal["last-exited", "full"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+KeyValueType = Literal["float32", "bfloat16"]
+KEY_VALUE_TYPES: tuple[KeyValueType, ...] = get_args(KeyValueType)
 
 
 class KeyValueCache:
-    """Keys and values of `filled` positions in every slot: (R * L) x B x capacity x G x K each.
+    """Keys and values of `filled` positions in every slot: (R * L) x B x G x capacity x K each.
 
-    Capacity doubles when it is used up, so appending one position costs constant time on average; preallocate it where
-    the length is known.
+    `dtype` is float32, or bfloat16 (as its bits, in uint16).  Capacity doubles when it is used up, so appending one
+    position costs constant time on average; preallocate it where the length is known.
     """
 
     def __init__(
-        self, config: ModelConfig, batch: int, loops: int, capacity: int, policy: Policy = "last-exited"
+        self,
+        config: ModelConfig,
+        batch: int,
+        loops: int,
+        capacity: int,
+        policy: Policy = "last-exited",
+        dtype: KeyValueType = "float32",
     ) -> None:
-        self.loops, self.layers, self.policy = loops, config.num_hidden_layers, policy
+        self.batch, self.loops, self.layers, self.policy = batch, loops, config.num_hidden_layers, policy
         self.filled = 0
-        self._position_shape = (config.num_key_value_heads, config.head_dim)
-        self._slots_shape = (loops * self.layers, batch)
+        self.dtype = dtype
+        self._heads = (loops * self.layers, batch, config.num_key_value_heads)
+        self._channels = config.head_dim
         self.keys, self.values = self._empty(max(1, capacity)), self._empty(max(1, capacity))
 
     @property
+    def kind(self) -> int:
+        return {"float32": FLOAT32, "bfloat16": BFLOAT16}[self.dtype]
+
+    @property
     def capacity(self) -> int:
-        return self.keys.shape[2]
+        return self.keys.shape[3]
 
-    def _empty(self, capacity: int) -> Floats:
-        return aligned_empty((*self._slots_shape, capacity, *self._position_shape))
+    def _empty(self, capacity: int) -> Array:
+        shape = (*self._heads, capacity, self._channels)
+        return aligned_empty(shape) if self.dtype == "float32" else np.empty(shape, np.uint16)
 
-    def slot(self, loop: int, layer: int) -> Past:
-        """What one layer in one loop attends to, and where it appends."""
-        index = loop * self.layers + layer
-        return Past(self.keys[index], self.values[index], self.filled)
+    def first_slot(self, loop: int) -> int:
+        """The slot of a loop's first layer; those of its other layers follow."""
+        return loop * self.layers
 
     def reserve(self, positions: int) -> bool:
         """Make room for that many more positions; True if memory moved."""
@@ -55,7 +70,7 @@ class KeyValueCache:
         capacity = max(needed, 2 * self.capacity)
         for name in ("keys", "values"):
             grown = self._empty(capacity)
-            grown[:, :, : self.filled] = getattr(self, name)[:, :, : self.filled]
+            grown[..., : self.filled, :] = getattr(self, name)[..., : self.filled, :]
             setattr(self, name, grown)
         return True
 
@@ -69,5 +84,5 @@ class KeyValueCache:
             for array in (self.keys, self.values):
                 by_loop = array.reshape(self.loops, self.layers, *array.shape[1:])
                 for row, r in enumerate(exit_index):
-                    by_loop[r + 1 :, :, row, self.filled] = by_loop[r, :, row, self.filled]
+                    by_loop[r + 1 :, :, row, :, self.filled] = by_loop[r, :, row, :, self.filled]
         self.filled += 1

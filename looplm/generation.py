@@ -11,24 +11,28 @@ from typing import Literal
 import numpy as np
 
 from .arrays import Floats, Ints, aligned_empty
-from .cache import KeyValueCache, Policy
+from .cache import KeyValueCache, KeyValueType, Policy
 from .config import ModelConfig
+from .decoder import Decoder
 from .errors import DataError, UsageError
 from .exits import ExitRule, exit_index
-from .kernels import embedding, gate_forward, rmsnorm
-from .layer import Activations, Placement, Scratch, layer_forward
+from .memory import GIB, SHARE, available_memory, resident
 from .model import Trace
 from .sampling import Sampling, choose
+from .sizes import key_value_bytes
+from .stored import StoredWeights
+from .threads import available_threads, team
 from .weights import Weights
 
-PREFILL_CHUNK = 512  # prompt positions at a time: bounds the scratch memory of a long prompt
+PREFILL_ROWS = 256  # positions at a time: bounds the scratch memory of a long prompt
+WORTH_SHARING = 1 << 20  # bytes read for a token from which on threads gain
 PREALLOCATED = 1024  # new positions the cache has room for from the start; a longer text makes it grow
 
 Finish = Literal["stop token", "max_new_tokens", "context full"]
 
 
 class Session:
-    """Rows being continued in lockstep: their key/value cache and the buffers of a one-token pass.
+    """Rows being continued in lockstep: their key/value cache and the buffers of a pass.
 
     `feed` runs all loops over new positions.  `advance` runs one token per row, loop by loop, until the rule stops it;
     `begin`, `next_loop` and `finish` are its parts.  After it, `hidden` (RBD) and `gate_logit` (RB) hold the loops run.
@@ -37,23 +41,27 @@ class Session:
 
     def __init__(
         self,
-        weights: Weights,
+        weights: Weights | StoredWeights,
         *,
         batch: int = 1,
         loops: int | None = None,
         start: Ints | None = None,
         capacity: int = 64,
         policy: Policy = "last-exited",
+        kv_dtype: KeyValueType = "float32",
+        threads: int = 1,
     ) -> None:
         config = weights.config
-        self.weights = weights
+        self.weights = StoredWeights.of(weights) if isinstance(weights, Weights) else weights
         self.batch = batch
         self.loops = config.total_ut_steps if loops is None else loops
-        self.cache = KeyValueCache(config, batch, self.loops, capacity, policy)
-        self.hidden = aligned_empty((self.loops, batch, config.hidden_size))
-        self.gate_logit = aligned_empty((self.loops, batch))
+        self.start = np.zeros(batch, np.int64) if start is None else np.ascontiguousarray(start, np.int64)
+        self.cache = KeyValueCache(config, batch, self.loops, capacity, policy, kv_dtype)
+        rows = max(batch, PREFILL_ROWS)
+        self._decoder = Decoder(self.weights, self.cache, self.start, rows, team(threads))
+        self.hidden = self._decoder.states[:, :batch]
+        self.gate_logit = self._decoder.gate_logit[:, :batch]
         self.loops_run = 0  # of the position in progress
-        self._pass = _Pass(config, Placement.of(config, batch, 1, start), self.cache.capacity)
 
     @property
     def filled(self) -> int:
@@ -65,36 +73,30 @@ class Session:
 
         Ids must be below vocab_size: they index memory.  Raises: DataError beyond the model's context.
         """
-        config, length = self.weights.config, input_ids.shape[1]
+        length, decoder = input_ids.shape[1], self._decoder
         self._make_room(length)
-        start = self._pass.place.start
-        place = Placement.of(config, self.batch, length, start, past=self.filled)
-        work = _Pass(config, place, self.filled + length)
-        hidden = aligned_empty((self.loops, self.batch, length, config.hidden_size))
-        embedding.gather_into(work.embedded, np.ascontiguousarray(input_ids).reshape(-1), self.weights.embedding)
-        x = work.embedded
-        for r in range(self.loops):
-            after = hidden[r].reshape(x.shape)
-            self._run_loop(work, r, x, after)
-            x = after
-        self.cache.append(length)
-        return Trace(self.weights, hidden, start)
+        hidden = aligned_empty((self.loops, self.batch, length, self.weights.config.hidden_size))
+        chunk = max(1, PREFILL_ROWS // self.batch)
+        for begin in range(0, length, chunk):
+            part = slice(begin, min(begin + chunk, length))
+            ids = input_ids[:, part]
+            decoder.embedded[: ids.size] = self.weights.embedded(ids).reshape(ids.size, -1)
+            for r in range(self.loops):
+                decoder.run_loop(r, self.batch, ids.shape[1])
+                hidden[r, :, part] = decoder.states[r, : ids.size].reshape(hidden[r, :, part].shape)
+            self.cache.append(ids.shape[1])
+        return Trace(self.weights, hidden, self.start)
 
     def begin(self, input_ids: Ints) -> None:
         """Start one position per row.  input_ids: B.  Raises: DataError beyond the model's context."""
-        if self._make_room(1):
-            self._pass.resize(self.weights.config, self.cache.capacity)
-        place = self._pass.place
-        np.maximum(np.subtract(self.filled, place.start, out=place.position), 0, out=place.position)
-        embedding.gather_into(self._pass.embedded, input_ids, self.weights.embedding)
+        self._make_room(1)
+        self._decoder.embedded[: self.batch] = self.weights.embedded(input_ids)
         self.loops_run = 0
 
     def next_loop(self) -> tuple[Floats, Floats]:
         """One more loop over the position in progress -> hidden: BD, gate_logit: B."""
         r = self.loops_run
-        x = self.hidden[r - 1] if r else self._pass.embedded
-        self._run_loop(self._pass, r, x, self.hidden[r])
-        (self.gate_logit[r],) = gate_forward(self.hidden[r], self.weights.gate_weight, self.weights.gate_bias)
+        self._decoder.run_loop(r, self.batch, 1)
         self.loops_run = r + 1
         return self.hidden[r], self.gate_logit[r]
 
@@ -124,42 +126,17 @@ class Session:
 
     def logits(self, exit_at: Ints) -> Floats:
         """Next-token logits of the position last advanced, read at each row's own loop.  exit_at: B -> logits: BV."""
-        return np.matmul(self.hidden[exit_at, np.arange(self.batch)], self.weights.head.T)
+        return self._decoder.logits(self.hidden[exit_at, np.arange(self.batch)])
 
-    def _make_room(self, positions: int) -> bool:
+    def _make_room(self, positions: int) -> None:
         most = self.weights.config.max_position_embeddings
         if self.filled + positions > most:
             raise DataError(
                 f"{self.filled + positions} tokens are more than the model's context of {most}",
                 "start from a shorter text",
             )
-        return self.cache.reserve(positions)
-
-    def _run_loop(self, work: "_Pass", r: int, x: Floats, after: Floats) -> None:
-        """The whole stack and the norm that ends a loop.  x: ND -> after: ND."""
-        config = self.weights.config
-        for index, layer in enumerate(self.weights.layers):
-            out = work.outputs[index % 2]
-            layer_forward(layer, config, x, out, work.saved, work.scratch, work.place, self.cache.slot(r, index))
-            x = out
-        rmsnorm.forward_into(after, work.rrms, x, self.weights.norm, config.rms_norm_eps)
-
-
-class _Pass:
-    """Buffers of one pass over B x S positions."""
-
-    def __init__(self, config: ModelConfig, place: Placement, keys: int) -> None:
-        rows = place.batch * place.length
-        self.place = place
-        self.embedded = aligned_empty((rows, config.hidden_size))
-        self.outputs = (aligned_empty((rows, config.hidden_size)), aligned_empty((rows, config.hidden_size)))
-        self.saved = Activations(config, place.batch, place.length)
-        self.rrms = aligned_empty((rows,))
-        self.resize(config, keys)
-
-    def resize(self, config: ModelConfig, keys: int) -> None:
-        """Scratch for attending to up to `keys` positions."""
-        self.scratch = Scratch(config, self.place.batch, self.place.length, keys)
+        if self.cache.reserve(positions):
+            self._decoder.cache_moved()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,6 +148,22 @@ class Generated:
     loops_run: int  # what really ran to predict it; the first token's are the prompt's, which runs all loops
     logprob: float  # under the model itself, nats
     finish: Finish | None = None
+
+
+def useful_threads(weights: StoredWeights) -> int:
+    """All cores, unless the model is so small that threads would spend their time waiting for each other."""
+    return available_threads() if weights.bytes_per_token >= WORTH_SHARING else 1
+
+
+def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
+    """Raises: DataError if keys and values of so many positions do not fit into the memory there is."""
+    available, needed = available_memory(), positions * key_value_bytes(config, loops, kv_dtype)
+    if available is not None and needed > SHARE * (available - (resident() or 0)):
+        raise DataError(
+            f"keys and values of {positions} tokens in {loops} loops take {needed / GIB:.1f} GiB in {kv_dtype}, more "
+            f"than {SHARE:.0%} of the {(available - (resident() or 0)) / GIB:.1f} GiB free",
+            "ask for fewer tokens or loops" + (", or keep them in bfloat16" if kv_dtype == "float32" else ""),
+        )
 
 
 def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
@@ -191,7 +184,7 @@ def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
 
 
 def generate(
-    weights: Weights,
+    weights: Weights | StoredWeights,
     prompt_ids: Ints,
     *,
     rule: ExitRule,
@@ -200,40 +193,42 @@ def generate(
     max_new_tokens: int = 128,
     stop_ids: Collection[int] = (),
     policy: Policy = "last-exited",
+    kv_dtype: KeyValueType = "float32",
+    threads: int = 1,
 ) -> Iterator[Generated]:
     """Continue a prompt, one token at a time.  prompt_ids: S.
 
     The prompt runs all loops; the same rule then says which of them its last position is read from.  Every new token
     stops looping when the rule says so.  A token of `stop_ids` is given out, as the last.
 
-    Raises: DataError, before anything runs, if the prompt does not fit the model.
+    Raises: DataError, before anything runs, if the prompt does not fit the model, or its keys and values the memory.
     """
     check_prompt(prompt_ids, weights.config)
     chosen = Sampling() if sampling is None else sampling
-    return _generate(weights, prompt_ids, rule, rng, chosen, max_new_tokens, frozenset(stop_ids), policy)
+    config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
+    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
+    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
+    session = Session(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
+    return _generate(session, prompt_ids, rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
 
 
 def _generate(
-    weights: Weights,
+    session: Session,
     prompt_ids: Ints,
     rule: ExitRule,
     rng: np.random.Generator,
     sampling: Sampling,
     max_new_tokens: int,
     stop_ids: frozenset[int],
-    policy: Policy,
 ) -> Iterator[Generated]:
     if max_new_tokens < 1:
         return
-    config, prompt = weights.config, np.ascontiguousarray(prompt_ids, np.int64)
-    capacity = min(prompt.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
-    loops = rule.deepest(config.total_ut_steps)
-    session = Session(weights, loops=loops, capacity=capacity, policy=policy)
-    for begin in range(0, prompt.size, PREFILL_CHUNK):
-        trace = session.feed(prompt[None, begin : begin + PREFILL_CHUNK])
+    config, prompt = session.weights.config, np.ascontiguousarray(prompt_ids, np.int64)
+    for begin in range(0, prompt.size, PREFILL_ROWS):
+        trace = session.feed(prompt[None, begin : begin + PREFILL_ROWS])
     last = trace.hidden[:, :, -1]
-    exit_at, loops_run = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0]), loops
-    logits = np.matmul(last[exit_at, 0], weights.head.T)
+    exit_at, loops_run = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0]), session.loops
+    logits = session.weights.logits(last[exit_at, 0])
     del trace, last  # all states of a chunk of the prompt
 
     seen = np.zeros(config.vocab_size, np.bool_)

@@ -1,6 +1,6 @@
 """One layer of the shared stack ("sandwich": a norm before and after attention and MLP), forward and backward.
 
-The same forward serves training, inference and cached decoding; it writes into buffers made once.
+The same forward serves training and inference (cached decoding: kernels/decoding.py); it writes into buffers made once.
 Rows are N = B * S positions of a batch.
 
 Source: Section 4.1; the four norms and their places are those of the published code.
@@ -32,22 +32,13 @@ class Placement:
     sin: Floats
 
     @classmethod
-    def of(cls, config: ModelConfig, batch: int, length: int, start: Ints | None, past: int = 0) -> "Placement":
-        """Rows that follow `past` earlier positions; `start` defaults to no left padding."""
+    def of(cls, config: ModelConfig, batch: int, length: int, start: Ints | None) -> "Placement":
+        """`start` defaults to no left padding."""
         first = np.zeros(batch, np.int64) if start is None else np.ascontiguousarray(start, np.int64)
-        position = np.maximum(np.arange(past, past + length)[None] - first[:, None], 0).reshape(-1)
-        needed = max(config.max_position_embeddings, past + length)
+        position = np.maximum(np.arange(length)[None] - first[:, None], 0).reshape(-1)
+        needed = max(config.max_position_embeddings, length)
         cos, sin = rope.rope_tables(needed, config.head_dim, config.rope_theta)
         return cls(batch, length, position, first, cos, sin)
-
-
-@dataclasses.dataclass(frozen=True)
-class Past:
-    """One layer's key/value slot: keys and values are B x capacity x G x K, `filled` positions of it are known."""
-
-    keys: Floats
-    values: Floats
-    filled: int
 
 
 class Activations:
@@ -120,19 +111,13 @@ def layer_forward(
     saved: Activations,
     scratch: Scratch,
     place: Placement,
-    past: Past | None = None,
 ) -> None:
-    """x: ND -> out: ND.  With `past`, new keys and values are appended to its slot and all of it is attended to."""
+    """x: ND -> out: ND"""
     for block in scratch.blocks():
         _project(layer, config, x[block], block, saved, scratch, place)
     q, k, v = split_heads(config, saved.qkv, place)
-    keys = place.length
-    if past is not None:
-        keys += past.filled
-        past.keys[:, past.filled : keys], past.values[:, past.filled : keys] = k, v
-        k, v = past.keys, past.values
     y, lse = _heads(saved.attention, place, config.head_dim), _heads(saved.lse, place, 1)[..., 0]
-    attention.attend_into(y, lse, q, k, v, keys, place.start, scratch.attention)
+    attention.attend_into(y, lse, q, k, v, place.length, place.start, scratch.attention)
     for block in scratch.blocks():
         _mix(layer, config, x[block], out[block], block, saved, scratch)
 

@@ -7,6 +7,7 @@ Source: Section 3.1 and Algorithm 1; the norm between loops is in the published 
 """
 
 from collections.abc import Callable
+from typing import Protocol
 
 import numpy as np
 
@@ -98,6 +99,25 @@ def _tap_layer(taps: Taps, where: str, config: ModelConfig, x: Floats, saved: Ac
         taps.append((f"{where}.{name}", value.reshape(*shape, *split).copy()))
 
 
+class Readable(Protocol):
+    """What a trace asks of the weights it was made with: Weights, or StoredWeights."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    @property
+    def gate_weight(self) -> Floats: ...
+
+    @property
+    def gate_bias(self) -> Floats: ...
+
+    def embedded(self, input_ids: Ints) -> Floats:
+        """input_ids: any shape -> shape x D"""
+
+    def logits(self, states: Floats) -> Floats:
+        """Next-token logits.  states: ...D -> ...V"""
+
+
 class Trace:
     """What a forward pass found, loop axis first.
 
@@ -105,7 +125,7 @@ class Trace:
     Positions before a row's `start` hold nothing of interest.
     """
 
-    def __init__(self, weights: Weights, hidden: Floats, start: Ints | None = None) -> None:
+    def __init__(self, weights: Readable, hidden: Floats, start: Ints | None = None) -> None:
         self.weights, self.hidden, self.start = weights, hidden, start
         (self.gate_logit,) = gate_forward(hidden, weights.gate_weight, weights.gate_bias)
 
@@ -133,7 +153,7 @@ class Trace:
 
     def logits(self, r: int) -> Floats:
         """BSV: next-token logits read after loop r."""
-        return np.matmul(self.hidden[r], self.weights.head.T)
+        return self.weights.logits(self.hidden[r])
 
     def token_loss(self, target: Ints, visit: Callable[[int, slice, Floats], None] | None = None) -> Floats:
         """RBS: cross-entropy in nats of each loop's prediction, 0 where target is -1; in chunks of the positions.
@@ -143,11 +163,11 @@ class Trace:
         loops, width = self.hidden.shape[0], self.hidden.shape[-1]
         rows, targets = self.hidden.reshape(loops, -1, width), np.ascontiguousarray(target).reshape(-1)
         loss, lse = np.empty(rows.shape[:2], np.float32), np.empty(rows.shape[1], np.float32)
-        chunk = max(1, LOGIT_CHUNK // self.weights.head.shape[0])
+        chunk = max(1, LOGIT_CHUNK // self.weights.config.vocab_size)
         for r in range(loops):
             for begin in range(0, targets.size, chunk):
                 part = slice(begin, min(begin + chunk, targets.size))
-                logits = np.matmul(rows[r, part], self.weights.head.T)
+                logits = self.weights.logits(rows[r, part])
                 cross_entropy.loss_into(loss[r, part], lse[part], logits, targets[part])
                 if visit is not None:
                     visit(r, part, logits)

@@ -30,7 +30,7 @@ class InitConfig:
     scheme: str = "damped"  # damped: the three values below; ouro: published (0.02 everywhere, norms 1)
     post_norm: float = 0.5  # weight of the norms after attention and after the MLP
     embedding_std: float = 0.5
-    weight_std: float = 0.05  # of linear layers, at width 128; presets keep weight_std * sqrt(width)
+    weight_std: float = 0.02  # of linear layers
 
     def __post_init__(self) -> None:
         _one_of(self, "init", "scheme", ("damped", "ouro"))
@@ -137,19 +137,17 @@ class RunConfig:
 
 _NANO = {"hidden_size": 128, "num_attention_heads": 4, "intermediate_size": 352, "num_hidden_layers": 2}
 PRESETS: dict[str, Values] = {
-    "nano": {"model": _NANO, "train": {"steps": 1200, "learning_rate": 5e-3}},
+    "nano": {"model": _NANO, "init": {"weight_std": 0.05}, "train": {"steps": 1200, "learning_rate": 5e-3}},
     "tiny": {
         "model": {**_NANO, "num_hidden_layers": 4},
         "train": {"steps": 3000, "batch_size": 16, "learning_rate": 4e-3},
     },
     "small": {
         "model": {"hidden_size": 256, "num_attention_heads": 8, "intermediate_size": 704, "num_hidden_layers": 6},
-        "init": {"weight_std": 0.035},
         "train": {"steps": 5000, "seq_len": 256, "learning_rate": 2e-3},
     },
     "medium": {
         "model": {"hidden_size": 512, "num_attention_heads": 8, "intermediate_size": 1408, "num_hidden_layers": 8},
-        "init": {"weight_std": 0.025},
         "train": {"steps": 10000, "batch_size": 4, "seq_len": 256, "learning_rate": 1e-3},
     },
 }
@@ -157,6 +155,7 @@ PRESETS: dict[str, Values] = {
 # p-hop induction wants fresh sequences of its own length, and falls into place after about two thousand steps.
 TASK_SETTINGS: dict[str, Values] = {
     "builtin:hops": {
+        "init": {"weight_std": 0.02},
         "train": {"steps": 3500, "batch_size": 16, "seq_len": 64, "learning_rate": 3e-3, "beta2": 0.98},
     }
 }

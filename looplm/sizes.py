@@ -16,18 +16,21 @@ def parameters_by_part(config: ModelConfig) -> dict[str, int]:
     return {**parts, "total": total, "unrolled": total + (config.total_ut_steps - 1) * parts["stack"]}
 
 
-def memory(config: ModelConfig) -> dict[str, int]:
-    """Bytes of the weights, of training's buffers without activations, and of keys and values.
+def key_value_bytes(config: ModelConfig, loops: int, dtype: str = "float32") -> int:
+    """Bytes of the keys and values of one position: a key and a value in every layer of every loop."""
+    channels = config.num_key_value_heads * config.head_dim
+    return 2 * {"float32": FLOAT_BYTES, "bfloat16": 2}[dtype] * loops * config.num_hidden_layers * channels
 
-    One position has a key and a value in every layer of every loop.
-    """
+
+def memory(config: ModelConfig) -> dict[str, int]:
+    """Bytes of the weights, of training's buffers without activations, and of keys and values."""
     weights = FLOAT_BYTES * parameter_count(config)
-    slots = config.total_ut_steps * config.num_hidden_layers
-    position = 2 * FLOAT_BYTES * slots * config.num_key_value_heads * config.head_dim
+    position = key_value_bytes(config, config.total_ut_steps)
     return {
         "weights": weights,
         "training": TRAINING_BUFFERS * weights,
         "key_value_per_token": position,
+        "key_value_per_token_bfloat16": key_value_bytes(config, config.total_ut_steps, "bfloat16"),
         "key_value_context": position * config.max_position_embeddings,
     }
 

@@ -9,10 +9,18 @@ import concurrent.futures
 import functools
 import itertools
 import os
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
+
+from .arrays import Array
+from .kernels import decoding
+from .kernels.jit import JIT_DISABLED
 from .kernels.product.blas import limit_blas_threads
+
+WAKEFUL = 20_000  # looks at the next command before a helper sleeps: about a millisecond
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,3 +49,44 @@ def run_all(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     if len(items) == 1:
         return [work(items[0])]
     return list(_pool(len(items)).map(work, items))
+
+
+class Team:
+    """Threads that work on one plan together (kernels/decoding.py): the caller's, and helpers that wait for it.
+
+    A helper looks for the next command for about a millisecond, then sleeps until it is woken.
+    """
+
+    def __init__(self, threads: int) -> None:
+        self.threads = 1 if JIT_DISABLED else threads
+        self._control = np.zeros(decoding.FIRST_PART + 8 * self.threads, np.int64)
+        self._control[decoding.PARTS], self._control[decoding.WORK] = self.threads, decoding.work.address
+        self._lock = threading.Lock()
+        self._wake = [threading.Event() for _ in range(1, self.threads)]
+        for part, event in enumerate(self._wake, 1):
+            self._control[decoding.FIRST_PART + 8 * part + decoding.ASLEEP] = 1
+            threading.Thread(target=self._help, args=(part, event), name=f"looplm-{part}", daemon=True).start()
+
+    def run(self, plan: Array) -> None:
+        """Do what the plan says; one caller at a time."""
+        with self._lock:
+            if not decoding.command(plan, self._control):
+                for event in self._wake:
+                    event.set()
+                decoding.lead(self._control)
+
+    def _help(self, part: int, event: threading.Event) -> None:
+        while True:
+            event.wait()
+            event.clear()
+            decoding.help_out(self._control, part, WAKEFUL)
+
+
+@functools.cache
+def team(threads: int) -> Team:
+    """The process's team of that many threads."""
+    return Team(threads)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=team.cache_clear)  # helpers do not live on in a forked process

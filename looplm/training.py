@@ -225,7 +225,7 @@ class Trainer:
         exit_prob = found.exit_prob * mean
         return StepReport(
             step=progress.step,
-            total_steps=self.total_steps,
+            total_steps=progress.total_steps or self._steps_that_fit(),
             objective=found.objective * mean,
             loss=[float(value) for value in found.loss * mean],
             exit_prob=[float(value) for value in exit_prob],
@@ -292,8 +292,15 @@ class Trainer:
             if used > budget:  # the machine became slower than it was measured
                 progress.total_steps = min(progress.total_steps, progress.step)
         elif used > MEASURED_SHARE * budget:
-            left = BUDGET_SHARE * budget - used
-            progress.total_steps = progress.step + max(0, int(left / float(np.median(self._step_seconds))))
+            progress.total_steps = self._steps_that_fit()
+
+    def _steps_that_fit(self) -> int:
+        """Of a budget in minutes, by the steps timed so far."""
+        if not self._step_seconds:
+            return UNSETTLED_STEPS
+        progress = self.progress
+        left = BUDGET_SHARE * self.config.minutes * 60.0 - (progress.seconds - progress.starting_seconds)
+        return progress.step + max(0, int(left / float(np.median(self._step_seconds))))
 
 
 def mean_over_ranks(found: Evaluation, ranks: Ranks) -> Evaluation:

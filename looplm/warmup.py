@@ -10,7 +10,7 @@ from .config import ModelConfig
 from .data import TextSource
 from .exits import LearnedGate
 from .generation import Session
-from .kernels.product.select import PATHS, measured_rates
+from .kernels.product.select import measured
 from .objectives import StageTwo
 from .quantization import FORMATS, quantize_matrix
 from .settings import InitConfig, TrainConfig
@@ -31,21 +31,20 @@ SHAPE = ModelConfig(
 
 def compile_everything() -> Iterator[str]:
     """Each part is named when it is done."""
-    rates = measured_rates()
+    rates = measured().rates
     yield f"matrix products: {', '.join(f'{name} {rate:.0f} GFLOP/s' for name, rate in rates.items())}"
     ids = np.random.default_rng(0).integers(0, SHAPE.vocab_size, 200).astype(np.uint16)
     source = TextSource(ids, ids, 2, 16, 0, 1.0, SHAPE.vocab_size)
     weights = initialise(SHAPE, InitConfig(), seed=0)
-    for path in PATHS.values():
-        if not path.missing():
-            how = TrainConfig(steps=1, batch_size=2, seq_len=16, kernels=path.name, threads=1)
-            for _ in Trainer(weights, source, how).run():
-                pass
+    for name in rates:
+        how = TrainConfig(steps=1, batch_size=2, seq_len=16, kernels=name, threads=1)
+        for _ in Trainer(weights, source, how).run():
+            pass
     yield "training"
     seen = observe(weights, source.validation(), 64)
     fit_gate(Gate(weights.gate_weight, weights.gate_bias), seen, StageTwo(), CalibrateConfig(steps=1))
     yield "calibration"
-    session, rule = Session(weights), LearnedGate(0.5)
+    session, rule = Session(weights, threads=2), LearnedGate(0.5)
     session.feed(np.zeros((1, 8), np.int64))
     session.advance(np.zeros((1, 1), np.int64), rule)
     inspect(weights, np.zeros((1, 8), np.int64))

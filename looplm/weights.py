@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Floats, aligned_empty
+from .arrays import Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .settings import InitConfig
 
@@ -163,6 +163,15 @@ class Weights:
             for index, layer in enumerate(self.layers)
         )
         return other
+
+    def embedded(self, input_ids: Ints) -> Floats:
+        """input_ids: any shape -> shape x D"""
+        return self.embedding[input_ids]
+
+    def logits(self, states: Floats) -> Floats:
+        """Next-token logits.  states: ...D -> ...V"""
+        found: Floats = np.matmul(states, self.head.T)
+        return found
 
     def copy(self) -> "Weights":
         """The same values in a fresh, writable flat buffer."""

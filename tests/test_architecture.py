@@ -26,7 +26,7 @@ ROOMS = {  # room -> what its files may import besides the standard library
     "cli/looplm_cli": {"typer", "rich", "numpy", "yaml", "looplm", "looplm_reference", "looplm_fixtures", "looplm_cli"},
 }
 COMPILERS = {"numba", "llvmlite"}
-MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("jit", "intrinsics", "vectors")}
+MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("jit", "intrinsics", "vectors", "streams", "addresses", "amx")}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
     "errors": set(),
     "arrays": set(),
@@ -110,7 +110,7 @@ def undeclared_dependencies(root: pathlib.Path) -> list[str]:
 
 
 def compiler_imports(root: pathlib.Path) -> list[str]:
-    """Two files know the compiler; everything else gets its `njit` and intrinsics from them."""
+    """Few files know the compiler; everything else gets its `njit` and intrinsics from them."""
     return [
         f"{name} imports {module}"
         for name, tree in sources(root)

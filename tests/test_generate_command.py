@@ -12,6 +12,7 @@ from looplm.checkpoint import load_model
 from looplm.exits import LearnedGate
 from looplm.generation import Generated
 from looplm.generation import generate as engine
+from looplm.memory import resident
 from looplm.sampling import Sampling
 from looplm.text import byte_tokenizer, letter_tokenizer
 from looplm_cli.commands.generate import Written
@@ -184,6 +185,9 @@ def test_an_interrupt_leaves_the_text_and_the_account(model: pathlib.Path, monke
         (["-p", "a" * 70], 1, "the prompt has 70 tokens, but the model's context is 64"),
         (["--stop", ""], 2, "a stop string is empty"),
         (["--kv", "shared"], 2, "--kv 'shared' is not known"),
+        (["--weights", "int3"], 2, "--weights 'int3' is not known"),
+        (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
+        (["--threads", "0"], 2, "0 is not in the range"),
         (["--q", "1.5"], 2, "1.5 is not in the range"),
         (["--q", "nan"], 2, "nan is not a finite number"),
         (["--temperature", "-1"], 2, "-1.0 is not in the range"),
@@ -201,6 +205,24 @@ def test_bad_input_is_two_lines(model: pathlib.Path, arguments: list[str], code:
     assert error.startswith("error: ")
     assert message in error
     assert hint.startswith("hint: ")
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("weights", ["float32", "bfloat16", "int8", "int4"])
+def test_the_weights_may_be_held_in_any_format(model: pathlib.Path, weights: str, threads: int) -> None:
+    arguments = words("-n", 20, "-t", 0, "--weights", weights, model=model)
+    report = report_of(*arguments, "--threads", threads, "--kv-dtype", "bfloat16")
+    assert report["tokens"] == 20
+    assert report["text"] == report_of(*arguments, "--kv-dtype", "bfloat16")["text"]
+
+
+def test_a_cache_that_cannot_fit_is_refused(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("looplm.generation.available_memory", lambda: (resident() or 0) + 10_000)
+    out, err = looplm(*words(model=model), code=1, width=300)
+    assert out == ""
+    error, hint = err.splitlines()
+    assert error.startswith("error: keys and values of 64 tokens in 4 loops take 0.0 GiB in float32, more than 80%")
+    assert hint == "hint: ask for fewer tokens or loops, or keep them in bfloat16"
 
 
 def test_a_task_model_is_no_language_model(tmp_path: pathlib.Path) -> None:

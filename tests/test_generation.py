@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from looplm import generation
+from looplm.decoder import Decoder
 from looplm.errors import DataError, UsageError
 from looplm.exits import FixedDepth, LearnedGate
 from looplm.generation import Generated, StopStrings, generate
@@ -24,15 +25,15 @@ def weights() -> Weights:
 
 
 @pytest.fixture
-def layer_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every application of a layer, as they happen."""
-    calls, real = [], generation.layer_forward
+def loops_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of every loop, as they happen."""
+    calls, real = [], Decoder.run_loop
 
-    def counted(layer, config, x, *rest):  # type: ignore[no-untyped-def]
-        calls.append(x.shape[0])
-        return real(layer, config, x, *rest)
+    def counted(decoder: Decoder, r: int, batch: int, length: int) -> None:
+        calls.append(batch * length)
+        real(decoder, r, batch, length)
 
-    monkeypatch.setattr(generation, "layer_forward", counted)
+    monkeypatch.setattr(Decoder, "run_loop", counted)
     return calls
 
 
@@ -41,21 +42,21 @@ def new_tokens(weights: Weights, prompt_ids: np.ndarray, **changes):  # type: ig
     return generate(weights, prompt_ids, **{**settings, **changes})
 
 
-def test_generating_at_a_smaller_threshold_costs_fewer_layers(weights: Weights, layer_calls: list[int]) -> None:
+def test_generating_at_a_smaller_threshold_costs_fewer_loops(weights: Weights, loops_run: list[int]) -> None:
     cost = []
     for q in (0.3, 0.6, 1.0):
-        layer_calls.clear()
+        loops_run.clear()
         tokens = list(new_tokens(weights, random_ids(5), rule=LearnedGate(q), max_new_tokens=20))
-        decoded = layer_calls.count(1)
-        assert decoded == CONFIG.num_hidden_layers * sum(token.loops_run for token in tokens[1:])
+        decoded = loops_run.count(1)
+        assert decoded == sum(token.loops_run for token in tokens[1:])
         cost.append(decoded)
-    assert cost[0] < cost[1] < cost[2] == 19 * CONFIG.total_ut_steps * CONFIG.num_hidden_layers
+    assert cost[0] < cost[1] < cost[2] == 19 * CONFIG.total_ut_steps
 
 
 def test_a_long_prompt_is_fed_in_chunks(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = random_ids(11)
     whole = list(new_tokens(weights, prompt, max_new_tokens=4))
-    monkeypatch.setattr(generation, "PREFILL_CHUNK", 4)
+    monkeypatch.setattr(generation, "PREFILL_ROWS", 4)
     monkeypatch.setattr(generation, "PREALLOCATED", 1)
     chunked = list(new_tokens(weights, prompt, max_new_tokens=4))
     assert [token.token_id for token in chunked] == [token.token_id for token in whole]
@@ -148,11 +149,11 @@ def test_the_last_token_says_why(weights: Weights) -> None:
     assert list(new_tokens(weights, prompt, max_new_tokens=0)) == []
 
 
-def test_tokens_come_one_at_a_time(weights: Weights, layer_calls: list[int]) -> None:
+def test_tokens_come_one_at_a_time(weights: Weights, loops_run: list[int]) -> None:
     stream = new_tokens(weights, random_ids(4))
-    assert not layer_calls
+    assert not loops_run
     assert isinstance(next(stream), Generated)
-    assert set(layer_calls) == {4}
+    assert set(loops_run) == {4}
 
 
 @pytest.mark.parametrize(
@@ -165,12 +166,12 @@ def test_tokens_come_one_at_a_time(weights: Weights, layer_calls: list[int]) -> 
     ],
 )
 def test_prompts_that_do_not_fit_are_refused_before_anything_runs(
-    weights: Weights, layer_calls: list[int], prompt: np.ndarray, message: str
+    weights: Weights, loops_run: list[int], prompt: np.ndarray, message: str
 ) -> None:
     with pytest.raises(DataError, match=message) as error:
         new_tokens(weights, prompt)
     assert error.value.hint
-    assert not layer_calls
+    assert not loops_run
 
 
 def test_weights_that_are_no_numbers_are_an_error_not_a_token() -> None:

@@ -38,6 +38,7 @@ def test_info_describes_a_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert report["parameters"]["embedding"] == report["parameters"]["head"] == 66
     assert report["parameters"]["unrolled"] == sum(sizes.values()) + 2 * stack
     assert report["memory"]["key_value_per_token"] == 3 * 2 * (2 + 2) * 2 * 4  # loops, layers, k and v heads, channels
+    assert 2 * report["memory"]["key_value_per_token_bfloat16"] == report["memory"]["key_value_per_token"]
     assert report["memory"]["key_value_context"] == 32 * report["memory"]["key_value_per_token"]
     assert report["memory"]["weights"] == 4 * sum(sizes.values())
     assert report["trained_loops"] == 2

@@ -5,12 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from looplm import generation
 from looplm.cache import KeyValueCache
+from looplm.decoder import Decoder
 from looplm.errors import DataError
 from looplm.exits import ExitRule, FixedDepth, LearnedGate
 from looplm.generation import Session
-from looplm.layer import Past
 from looplm.model import forward
 from looplm.sizes import memory
 from looplm.weights import Weights
@@ -73,10 +72,7 @@ def test_prefill_in_chunks_is_the_full_forward(weights: Weights) -> None:
 
 
 def test_a_slot_shared_by_all_loops_is_noticed(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    def wrong_slot(cache: KeyValueCache, loop: int, layer: int) -> Past:
-        return Past(cache.keys[layer], cache.values[layer], cache.filled)
-
-    monkeypatch.setattr(KeyValueCache, "slot", wrong_slot)
+    monkeypatch.setattr(KeyValueCache, "first_slot", lambda cache, loop: 0)
     assert worst_prefix_error(weights, random_ids(2, 5)) > 1e-2
 
 
@@ -124,48 +120,48 @@ def test_positions_that_ignore_padding_are_noticed(weights: Weights) -> None:
 
 
 @pytest.fixture
-def layer_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Rows of every application of a layer, as they happen."""
-    calls, real = [], generation.layer_forward
+def loops_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Positions of every loop, as they happen."""
+    calls, real = [], Decoder.run_loop
 
-    def counted(layer, config, x, *rest):  # type: ignore[no-untyped-def]
-        calls.append(x.shape[0])
-        return real(layer, config, x, *rest)
+    def counted(decoder: Decoder, r: int, batch: int, length: int) -> None:
+        calls.append(batch * length)
+        real(decoder, r, batch, length)
 
-    monkeypatch.setattr(generation, "layer_forward", counted)
+    monkeypatch.setattr(Decoder, "run_loop", counted)
     return calls
 
 
 @pytest.mark.parametrize("policy", ["last-exited", "full"])
-def test_an_exit_really_stops_the_loops(weights: Weights, layer_calls: list[int], policy: str) -> None:
+def test_an_exit_really_stops_the_loops(weights: Weights, loops_run: list[int], policy: str) -> None:
     session = Session(weights, policy=policy)
     session.feed(random_ids(1, 4))
     for loops in range(1, CONFIG.total_ut_steps + 1):
-        layer_calls.clear()
+        loops_run.clear()
         exit_at = session.advance(random_ids(1, seed=loops), FixedDepth(loops))
         run = loops if policy == "last-exited" else CONFIG.total_ut_steps
         assert exit_at[0] == loops - 1
         assert session.loops_run == run
-        assert len(layer_calls) == run * CONFIG.num_hidden_layers
+        assert len(loops_run) == run
 
 
 def test_slots_of_loops_that_did_not_run_hold_the_exited_loops(weights: Weights) -> None:
     session = Session(weights, batch=2, capacity=8)
     session.feed(random_ids(2, 3))
-    session.cache.keys[:, :, 3:] = session.cache.values[:, :, 3:] = np.nan
+    session.cache.keys[..., 3:, :] = session.cache.values[..., 3:, :] = np.nan
     rule, exit_at = LearnedGate(0.5), np.zeros(2, np.int64)
     for column in random_ids(4, 2, seed=5):
         exit_at = session.advance(column, rule)
         at = session.filled - 1
         for cached in (session.cache.keys, session.cache.values):
-            by_loop = cached.reshape(CONFIG.total_ut_steps, CONFIG.num_hidden_layers, *cached.shape[1:])[:, :, :, at]
+            by_loop = cached.reshape(CONFIG.total_ut_steps, CONFIG.num_hidden_layers, *cached.shape[1:])[..., at, :]
             assert np.isfinite(by_loop).all()
             for b, r in enumerate(exit_at):
                 for deeper in range(r + 1, CONFIG.total_ut_steps):
                     np.testing.assert_array_equal(by_loop[deeper, :, b], by_loop[r, :, b])
                 for earlier in range(r):
                     assert relative_error(by_loop[earlier, :, b], by_loop[r, :, b]) > 1e-3
-    assert np.isnan(session.cache.keys[:, :, session.filled :]).all()
+    assert np.isnan(session.cache.keys[..., session.filled :, :]).all()
 
 
 def test_with_the_full_policy_every_loop_keeps_its_own(weights: Weights) -> None:
@@ -187,7 +183,7 @@ def test_the_cache_doubles_and_keeps_what_it_has(weights: Weights) -> None:
         session.advance(column, ALL_LOOPS)
         capacities.append(session.cache.capacity)
     assert capacities == [6, 6, 6, 12, 12, 12]
-    np.testing.assert_array_equal(session.cache.keys[:, :, :3], keys)
+    np.testing.assert_array_equal(session.cache.keys[..., :3, :], keys)
 
 
 def test_the_cache_takes_the_memory_that_is_stated() -> None:

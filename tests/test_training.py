@@ -250,9 +250,10 @@ def test_minutes_settle_the_number_of_steps_once(compiling: float, monkeypatch: 
     Clock(monkeypatch, compiling, 0.5)
     run = budgeted(1.0)
     steps = steps_of(run.run())
-    assert [report.total_steps for report in steps[:7]] == [200] * 7  # 6 x 0.5 s is not more than a twentieth yet
     settled = 8 + int((54.0 - 3.5) / 0.5)
-    assert {report.total_steps for report in steps[7:]} == {settled}
+    assert steps[0].total_steps == 200  # not charged, and nothing known yet
+    assert {report.total_steps for report in steps[1:]} == {settled}  # reported from the first step timed
+    assert steps[6].learning_rate == learning_rate(run.config, 6, 200)  # but 6 x 0.5 s is not a twentieth yet
     assert len(steps) == run.progress.total_steps == settled
     assert steps[-1].learning_rate == learning_rate(run.config, settled - 1, settled)
 

@@ -128,7 +128,7 @@ class EngineCandidate:
         trace = session.feed(ids)
         states, gate_logit = trace.hidden[:, :, -1], np.ascontiguousarray(trace.gate_logit[:, :, -1])
         exit_at = exit_index(rule, states, gate_logit)
-        logits = states[exit_at, np.arange(len(ids))] @ weights.head.T
+        logits = weights.logits(states[exit_at, np.arange(len(ids))])
         for made in range(1, new_tokens + 1):
             token = logits.argmax(-1)
             ids = np.concatenate([ids, token[:, None]], axis=1)

@@ -3,7 +3,7 @@
 import dataclasses
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from looplm.errors import DataError
 from looplm_cli.render import print_warning, say
@@ -11,17 +11,21 @@ from looplm_cli.render import print_warning, say
 if TYPE_CHECKING:
     from looplm.arrays import Ints
     from looplm.config import ModelConfig
+    from looplm.stored import StoredWeights
     from looplm.text import Tokenizer
     from looplm.weights import Weights
 
 
+W = TypeVar("W")
+
+
 @dataclasses.dataclass(frozen=True)
-class Opened:
-    """A model ready for use, and what is known of its past."""
+class Opened(Generic[W]):
+    """A model ready for use, its weights as float32 or as they are stored, and what is known of its past."""
 
     folder: Path
     config: "ModelConfig"
-    weights: "Weights"
+    weights: W
     tokenizer: "Tokenizer"
     provenance: dict[str, Any]
 
@@ -48,7 +52,7 @@ class Opened:
         return {key: int(self.task_settings[key]) for key in ("alphabet", "max_hops") if key in self.task_settings}
 
 
-def open_model(path: Path | None) -> Opened:
+def open_model(path: Path | None) -> "Opened[Weights]":
     """Load the model named, or that of the most recent run; its warnings go to stderr.
 
     Raises: CheckpointError, ConfigError or DataError for a folder that is not a whole model.
@@ -62,6 +66,27 @@ def open_model(path: Path | None) -> Opened:
     announce_compilation()
     tokenizer = Tokenizer.from_file(loaded.folder)
     return Opened(loaded.folder, loaded.config, loaded.weights, tokenizer, loaded.provenance)
+
+
+def open_stored(path: Path | None, wanted: str | None) -> "Opened[StoredWeights]":
+    """As `open_model`, but nothing is widened: weights are read as they are stored, or as the format wanted.
+
+    Raises: what `open_model` raises; UsageError for an unknown format.
+    """
+    from looplm.checkpoint import resolve_model
+    from looplm.errors import UsageError
+    from looplm.model_files import open_model as open_files
+    from looplm.stored import FORMATS, read_stored
+    from looplm.text import Tokenizer
+
+    if wanted is not None and wanted not in FORMATS:
+        raise UsageError(f"--weights {wanted!r} is not known", f"use one of {', '.join(FORMATS)}")
+    files = open_files(resolve_model(None if path is None else str(path)))
+    for warning in files.warnings:
+        print_warning(warning)
+    announce_compilation()
+    weights = read_stored(files, wanted)
+    return Opened(files.folder, files.config, weights, Tokenizer.from_file(files.folder), files.provenance)
 
 
 def announce_compilation() -> None:

@@ -3,7 +3,10 @@
 from typing import Any
 
 # Of all that a processor reports, what the kernels and matrix products make use of.
-NOTABLE = ("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bf16", "avx512vnni", "amx-bf16", "amx-int8", "neon", "sve")
+NOTABLE = (
+    *("sse4.2", "avx", "avx2", "fma", "avx512f", "avx512bf16", "avx512vnni"),
+    *("amx-tile", "amx-bf16", "amx-int8", "neon", "sve"),
+)
 
 
 def machine_report(measure: bool) -> dict[str, Any]:
@@ -36,22 +39,31 @@ def machine_report(measure: bool) -> dict[str, Any]:
 
 
 def _products() -> dict[str, Any]:
-    """Every path of matrix products: its rate on one thread, or what the processor lacks; and which one is used."""
-    from looplm.kernels.product.select import PATHS, choose, measured_rates
+    """Every path of matrix products: its rate on one thread, or what speaks against it; and which one is used."""
+    from looplm.kernels.product.select import PATHS, choose, measured
     from looplm.settings import PRECISIONS
 
-    rates = measured_rates()
+    found = measured()
     paths = [
         {
             "name": path.name,
             "precision": path.precision,
             "summary": path.summary,
-            "gflops_per_thread": rates.get(path.name),
+            "gflops_per_thread": found.rates.get(path.name),
             "missing": path.missing(),
+            "obstacle": path.obstacle() or None,
+            "fault": found.faults.get(path.name),
         }
         for path in PATHS.values()
     ]
-    return {"paths": paths, "used": {precision: choose(precision).name for precision in PRECISIONS}}
+
+    def used(precision: str) -> str | None:
+        try:
+            return choose(precision).name
+        except LookupError:  # none is right here, as `fault` says of each
+            return None
+
+    return {"paths": paths, "used": {precision: used(precision) for precision in PRECISIONS}}
 
 
 def _latest_model() -> str | None:
@@ -95,9 +107,8 @@ def print_machine(report: dict[str, Any]) -> None:
 
 
 def _rate(path: dict[str, Any]) -> str:
-    rate = path["gflops_per_thread"]
-    return (
-        f"not tried, the processor lacks {', '.join(path['missing'])}"
-        if rate is None
-        else f"{rate:.0f} GFLOP/s a thread"
-    )
+    if path["fault"]:
+        return f"wrong on this machine and never used: {path['fault']}"
+    if path["obstacle"]:
+        return f"not available: {path['obstacle']}"
+    return f"{path['gflops_per_thread']:.0f} GFLOP/s a thread"

@@ -1,4 +1,4 @@
-"""Who computes with quantized weights, in the seats of looplm_reference.quantized_judge."""
+"""Who computes with weights in short formats, in the seats of looplm_reference.quantized_judge."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,8 +8,11 @@ import numpy as np
 from looplm import model
 from looplm.arrays import Array, Floats
 from looplm.config import model_config_from_json
+from looplm.exits import LearnedGate
+from looplm.generation import Session
 from looplm.quantization import Quantized, quantize_matrix
 from looplm.safetensors_file import round_to_bfloat16, widen_bfloat16
+from looplm.stored import StoredMatrix, StoredWeights, convert, is_matrix
 from looplm.weights import Weights
 from looplm_reference.quantize import Stored
 from looplm_reference.quantized_judge import Candidate
@@ -46,4 +49,38 @@ class Widened:
         return {"hidden": trace.hidden, "logits": logits}
 
 
-CANDIDATES: tuple[Candidate, ...] = (Widened(),)
+class Decoded:
+    """Weights read as they are stored, by the kernels and the compiled loop of decoding, position by position."""
+
+    name = "decoded as they are stored"
+
+    def product(self, x: Floats, stored: Stored) -> Array:
+        rows = np.ascontiguousarray(x, np.float32).reshape(-1, x.shape[-1])
+        return _matrix(stored).multiply(rows).reshape(*x.shape[:-1], -1)
+
+    def forward(self, stored: Mapping[str, Any], config: Mapping[str, Any], input_ids: Array) -> Mapping[str, Array]:
+        matrices = {name: _matrix(value) for name, value in stored.items() if is_matrix(name)}
+        floats = {name: np.asarray(value, np.float32) for name, value in stored.items() if name not in matrices}
+        return decoded(StoredWeights(model_config_from_json(config, "the judge's model"), matrices, floats), input_ids)
+
+
+def _matrix(value: Stored | Array) -> StoredMatrix:
+    if isinstance(value, Stored):
+        found = quantized(value)
+        return StoredMatrix(found.format, found.shape, found.codes, found.scales)
+    return convert(np.ascontiguousarray(value, np.float32), "float32")
+
+
+def decoded(weights: StoredWeights, input_ids: Array) -> dict[str, Array]:
+    """States and logits of every loop, RBS..., of text that is fed in half and decoded from there on."""
+    half = input_ids.shape[1] // 2
+    session = Session(weights, batch=len(input_ids), policy="full")
+    states = [session.feed(input_ids[:, :half]).hidden]
+    for column in np.ascontiguousarray(input_ids[:, half:].T):
+        session.advance(column, LearnedGate(1.0))
+        states.append(session.hidden[:, :, None].copy())
+    hidden = np.concatenate(states, axis=2)
+    return {"hidden": hidden, "logits": weights.logits(hidden)}
+
+
+CANDIDATES: tuple[Candidate, ...] = (Widened(), Decoded())

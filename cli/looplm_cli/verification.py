@@ -14,12 +14,14 @@ import numpy as np
 
 from looplm import kernels
 from looplm.checkpoint import load_model
+from looplm.config import model_config_from_json
 from looplm.errors import VerificationError
 from looplm.kernels.linear import linear_on
-from looplm.kernels.product.select import PATHS, Path
+from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
+from looplm.stored import StoredWeights, convert, is_matrix
 from looplm_cli.engine_candidate import EngineCandidate
-from looplm_cli.quantized_engine import CANDIDATES, engine_rounding
+from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
 from looplm_reference.contract import Row
 from looplm_reference.model import LoopLM
@@ -82,7 +84,11 @@ LARGE_PRODUCT = {"B": 2, "S": 550, "D": 805, "F": 53}
 
 
 def _products() -> Iterator[Check]:
+    faults = measured().faults
     for path in PATHS.values():
+        if path.name in faults:
+            yield _found_wrong(path, faults[path.name])
+            continue
         forward, backward = linear_on(path)
         candidate = types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
         truth = bfloat16.linear if path.precision == "bf16" else ops
@@ -92,13 +98,19 @@ def _products() -> Iterator[Check]:
 
 
 def path_name(path: Path) -> str:
-    """A path as the report calls it, with what it has to do without."""
-    without = f", without {', '.join(path.missing())}" if path.missing() else ""
+    """A path as the report calls it, with the instructions that others have to stand in for."""
+    without = f", emulated without {', '.join(path.missing())}" if path.missing() else ""
     return f"{path.name} ({path.precision}{without})"
 
 
+def _found_wrong(path: Path, fault: str) -> Check:
+    """The check of a path that this machine has shown to be wrong; it is not run, it might end the process."""
+    return Check(path_name(path), False, [Row(path.name, math.inf, 0.0, fault)])
+
+
 def _training(threads: int) -> Iterator[Check]:
-    for path in PATHS.values():
+    faults = measured().faults  # which `_products` reports
+    for path in (path for path in PATHS.values() if path.name not in faults):
         rounding = path.precision == "bf16"
         tolerance, truth = (bfloat16.TOLERANCE, bfloat16.Bfloat16LoopLM) if rounding else (judge.TOLERANCE, LoopLM)
         for recompute in RECOMPUTE:
@@ -158,6 +170,7 @@ def _model(threads: int) -> Iterator[Check]:
         for part, rows in parts.items():
             yield _compared(f"{name}: {part}", rows)
         yield _compared(f"{name}: prompt of every length, then cached decode", list(_prefilled(name)))
+        yield _compared(f"{name}: cached decode from bfloat16 weights", list(_in_bfloat16(name)))
 
 
 def _prefilled(name: str) -> Iterator[Row]:
@@ -170,6 +183,19 @@ def _prefilled(name: str) -> Iterator[Row]:
         hidden = EngineCandidate(prefill=prefill).cached_hidden(tensors, config, ids)
         error = contract.relative_error(expected, hidden)
         yield Row(f"{name}: cached.after prompt of {prefill}.hidden", error, judge.TOLERANCE)
+
+
+def _in_bfloat16(name: str) -> Iterator[Row]:
+    """Against the reference with the same numbers: what bfloat16 stands for is exact in float64."""
+    config = judge.MODELS[name]
+    tensors = {key: np.asarray(value, np.float32) for key, value in judge.random_tensors(config).items()}
+    matrices = {key: convert(value, "bfloat16") for key, value in tensors.items() if is_matrix(key)}
+    weights = StoredWeights(model_config_from_json(config, "the judge's model"), matrices, tensors)
+    rounded = tensors | {key: matrix.rows(np.arange(matrix.shape[0])) for key, matrix in matrices.items()}
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 7))
+    expected, found = LoopLM(rounded, config).forward(ids), decoded(weights, ids)
+    for what, array in found.items():
+        yield Row(f"{name}: bfloat16.{what}", contract.relative_error(expected[what], array), judge.TOLERANCE)
 
 
 @dataclasses.dataclass(frozen=True)

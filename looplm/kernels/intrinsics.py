@@ -5,6 +5,8 @@ They are generic LLVM operations, legal on every processor.  On top of them stan
 element where the library call takes 2.3) and is within 2 units in the last place.
 """
 
+from typing import Any
+
 import llvmlite.ir as ir
 import numpy as np
 from numba import types
@@ -55,6 +57,8 @@ if JIT_DISABLED:  # plain Python twins, so that the kernels also run uncompiled
     def _times_power_of_two(x, n):
         return x if np.isnan(x) else np.float32(np.ldexp(x, int(n)))
 
+
+round32: Any = _round  # to the nearest integer, ties to even
 
 _LOG2_E = np.float32(1.4426950408889634)
 _MINUS_LN2_HIGH, _MINUS_LN2_LOW = np.float32(-0.693359375), np.float32(2.12194440e-4)

@@ -5,10 +5,13 @@ A hash of all kernel sources in the cache folder's name rules that out; where no
 compiled anew in every process.
 """
 
+import ctypes
 import functools
 import hashlib
 import os
 import pathlib
+import platform
+import sys
 import tempfile
 from collections.abc import Callable
 from typing import Any
@@ -28,9 +31,51 @@ _OPTIONS: dict[str, Any] = {
 
 _CONFIG: Any = numba.core.config
 
+TILE_FEATURES = frozenset({"amx-tile", "amx-bf16"})
+# arch_prctl on x86-64, its request for an extended state, and the state's number.  Source: Linux,
+# Documentation/arch/x86/xstate.rst.
+_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA = 158, 0x1023, 18
+
+
+@functools.cache
+def tiles_refused() -> str:
+    """Why compiled code may not use tile registers (AMX); empty if it may.
+
+    Linux gives a process these registers only if it asks for them; it is asked once, and only on a processor that has
+    them: on another one the compiler itself ends the process.
+    """
+    has = llvmlite.binding.get_host_cpu_features()
+    lacking = sorted(name for name in TILE_FEATURES if not has.get(name))
+    if lacking:
+        return f"the processor lacks {', '.join(lacking)}"
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        return f"{platform.system()} on {platform.machine()} is not known to give tile registers"
+    request = (ctypes.c_long(number) for number in (_ARCH_PRCTL, _REQUEST_STATE, _TILE_DATA))
+    if ctypes.CDLL(None, use_errno=True).syscall(*request):
+        return f"Linux gives no tile registers: {os.strerror(ctypes.get_errno())}"
+    return ""
+
+
+@functools.cache
+def features() -> frozenset[str]:
+    """Instruction sets that compiled code may use: the processor's, or what NUMBA_CPU_FEATURES leaves of them.
+
+    Without those of tile registers where the system does not give them.
+    """
+    given = _CONFIG.CPU_FEATURES
+    if given is None and _CONFIG.CPU_NAME is None:
+        found = frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
+    else:
+        found = frozenset(part[1:] for part in (given or "").split(",") if part.startswith("+"))
+    if found >= TILE_FEATURES and not tiles_refused():
+        return found
+    return frozenset(name for name in found if not name.startswith("amx-"))
+
 
 def _source_hash() -> str:
     digest = hashlib.sha256()
+    if features() >= TILE_FEATURES:  # code with tile instructions is not for a process that may not use them
+        digest.update(b"tiles")
     for path in sorted(pathlib.Path(__file__).parent.rglob("*.py")):
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()[:12]
@@ -69,15 +114,6 @@ def kernels_are_cached() -> bool:
     return _CACHE is not None and any(pathlib.Path(_CACHE).rglob("*.nbi"))
 
 
-@functools.cache
-def features() -> frozenset[str]:
-    """Instruction sets that compiled code may use: the processor's, or what NUMBA_CPU_FEATURES leaves of them."""
-    given = _CONFIG.CPU_FEATURES
-    if given is None and _CONFIG.CPU_NAME is None:
-        return frozenset(name for name, has in llvmlite.binding.get_host_cpu_features().items() if has)
-    return frozenset(part[1:] for part in (given or "").split(",") if part.startswith("+"))
-
-
 def processor() -> dict[str, Any]:
     """Name and instruction-set features of this processor, as the compiler sees them."""
     return {"name": _CONFIG.CPU_NAME or llvmlite.binding.get_host_cpu_name(), "features": sorted(features())}
@@ -95,6 +131,34 @@ def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never") -
             _CONFIG.CACHE_DIR = before
 
     return decorate if function is None else decorate(function)
+
+
+class Routine:
+    """A function of int64 numbers (addresses among them), compiled once and called through its address.
+
+    A caller's compilation contains that of everything it calls, again: a chain of large functions would be compiled
+    over and over (70 seconds instead of 15 for the loop of decoding).
+    """
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    @functools.cached_property
+    def address(self) -> int:
+        """Where it is, in this process; 0 if nothing is compiled."""
+        if JIT_DISABLED:
+            return 0
+        number = numba.types.int64
+        signature = number(*[number] * self.function.__code__.co_argcount)
+        before = _CONFIG.CACHE_DIR
+        _CONFIG.CACHE_DIR = _CACHE or before
+        try:
+            options = {name: value for name, value in _OPTIONS.items() if name != "nogil"}
+            compiled = numba.cfunc(signature, cache=_CACHE is not None, **options)(self.function)
+        finally:
+            _CONFIG.CACHE_DIR = before
+        self._compiled = compiled  # its code lives as long as it
+        return int(compiled.address or 0)
 
 
 JIT_DISABLED = bool(_CONFIG.DISABLE_JIT)

@@ -7,7 +7,7 @@ from .jit import njit
 
 
 @njit(inline="always")
-def _row_rrms(row, eps):
+def row_rrms(row, eps):
     total = np.float32(0.0)
     for i in range(row.size):
         total += row[i] * row[i]
@@ -17,7 +17,7 @@ def _row_rrms(row, eps):
 @njit
 def forward_into(y, rrms, x, weight, eps):
     for row in range(x.shape[0]):
-        scale = rrms[row] = _row_rrms(x[row], eps)
+        scale = rrms[row] = row_rrms(x[row], eps)
         for i in range(x.shape[1]):
             y[row, i] = x[row, i] * scale * weight[i]
 
@@ -25,7 +25,7 @@ def forward_into(y, rrms, x, weight, eps):
 @njit
 def residual_forward_into(y, rrms, x, residual, weight, eps):
     for row in range(x.shape[0]):
-        scale = rrms[row] = _row_rrms(x[row], eps)
+        scale = rrms[row] = row_rrms(x[row], eps)
         for i in range(x.shape[1]):
             y[row, i] = residual[row, i] + x[row, i] * scale * weight[i]
 

@@ -133,14 +133,14 @@ def _emit_tile(rows, emission, context, builder, signature, values):
     return context.get_dummy_value()
 
 
-def _tile(rows, emission="float32"):
+def _tile(rows):
     """tile(a, a_at, a_row, a_step, b, b_at, b_step, c, c_at, c_row, depth, accumulate): strides in elements.
 
-    Emission "pairs" and "dot": a and b hold two bfloat16 numbers in 32 bits, and k counts such pairs.
+    Where a and b are of uint32 they hold two bfloat16 numbers in each, and k counts such pairs.
     """
 
     def typed(typing_context, a, a_at, a_row, a_step, b, b_at, b_step, c, c_at, c_row, depth, accumulate):
-        i = types.intp
+        i, emission = types.intp, PAIR_EMISSION if a.dtype == types.uint32 else "float32"
         signature = types.void(a, i, i, i, b, i, i, c, i, i, i, i)
         return signature, lambda *arguments: _emit_tile(rows, emission, *arguments)
 
@@ -149,7 +149,7 @@ def _tile(rows, emission="float32"):
         left = strided(_from(a, a_at, 1), (rows, depth), (4 * a_row, 4 * a_step))
         right = strided(_from(b, b_at, 1), (depth, TILE_COLUMNS), (4 * b_step, 4))
         into = strided(_from(c, c_at, 1), (rows, TILE_COLUMNS), (4 * c_row, 4))
-        if emission == "float32":
+        if a.dtype == np.float32:
             product = left @ right
         else:
             product = sum(
@@ -314,10 +314,9 @@ def _from(array, at, count):
     return np.lib.stride_tricks.as_strided(array, (at + count,), (4,))[at:]
 
 
-tile, tile_of_one_row = _tile(TILE_ROWS), _tile(1)
 # Where the processor has no dot product of bfloat16 pairs, each half is widened and multiplied as float32.
 PAIR_EMISSION = "dot" if "avx512bf16" in features() else "pairs"
-pair_tile, pair_tile_of_one_row = _tile(TILE_ROWS, PAIR_EMISSION), _tile(1, PAIR_EMISSION)
+tile, tile_of_one_row = _tile(TILE_ROWS), _tile(1)
 move_eight, scale_eight, scale_one = _copy(8, False), _copy(8, True), _copy(1, True)
 turn_eight, turn_one = _turn(8), _turn(1)
 pair_eight, pair_one, pair_neighbours = _pair(8), _pair(1), _pair(8, neighbours=True)

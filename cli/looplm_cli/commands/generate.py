@@ -9,7 +9,7 @@ import typer
 
 from looplm_cli.options import (
     LOOPS,
-    MODEL,
+    MACHINE,
     SAMPLING,
     JsonOption,
     LoopsOption,
@@ -18,6 +18,7 @@ from looplm_cli.options import (
     QOption,
     QuietOption,
     SeedOption,
+    ThreadsOption,
     finite,
 )
 
@@ -100,15 +101,26 @@ def generate(
     ] = "last-exited",
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-    threads: Annotated[
-        int,
+    weights: Annotated[
+        str | None,
         typer.Option(
-            "--threads",
-            min=1,
-            help="Processor threads for a matrix product; more than one pays only for large models.",
-            rich_help_panel=MODEL,
+            "--weights",
+            metavar="float32|bfloat16|int8|int4",
+            show_default="as stored",
+            help="The format to hold the weights in: shorter ones are read faster; int8 and int4 round.",
+            rich_help_panel=MACHINE,
         ),
-    ] = 1,
+    ] = None,
+    kv_dtype: Annotated[
+        str,
+        typer.Option(
+            "--kv-dtype",
+            metavar="float32|bfloat16",
+            help="The type of cached keys and values; bfloat16 takes half the memory.",
+            rich_help_panel=MACHINE,
+        ),
+    ] = "float32",
+    threads: ThreadsOption = None,
 ) -> None:
     """Continue a prompt, looping only as often as each token needs.
 
@@ -122,27 +134,28 @@ def generate(
     import numpy as np
 
     from looplm import generation
-    from looplm.cache import POLICIES
+    from looplm.cache import KEY_VALUE_TYPES, POLICIES
     from looplm.errors import UsageError
     from looplm.exits import choose_rule
-    from looplm.kernels.product.blas import limit_blas_threads
     from looplm.sampling import Sampling
-    from looplm_cli.inputs import check_loops, open_model, read_prompt
+    from looplm_cli.inputs import check_loops, open_stored, read_prompt
     from looplm_cli.render import print_json, say
 
     policy = next((known for known in POLICIES if known == kv), None)
     if policy is None:
         raise UsageError(f"--kv {kv!r} is not known", "use last-exited or full")
+    cache_dtype = next((known for known in KEY_VALUE_TYPES if known == kv_dtype), None)
+    if cache_dtype is None:
+        raise UsageError(f"--kv-dtype {kv_dtype!r} is not known", "use float32 or bfloat16")
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     guard = generation.StopStrings(stop or [])
-    opened = open_model(model)
+    opened = open_stored(model, weights)
     _refuse_task(opened)
     check_loops(opened, loops)
     text = "" if prompt is None else read_prompt(prompt)
     prompt_ids = _prompt_ids(opened, text)
-    limit_blas_threads(threads)
     own_loops = opened.config.total_ut_steps
     rule = choose_rule(q, loops, opened.config.early_exit_threshold)
     ends = (opened.config.eos_token_id, opened.tokenizer.eos_id)
@@ -155,6 +168,8 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_ids={token_id for token_id in ends if token_id is not None},
         policy=policy,
+        kv_dtype=cache_dtype,
+        threads=threads or generation.useful_threads(opened.weights),
     )
     written = Written(max(own_loops, rule.deepest(own_loops)))
     if not (as_json or quiet):

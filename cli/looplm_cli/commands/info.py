@@ -130,6 +130,8 @@ def _print_model(report: dict[str, Any]) -> None:
             ("training, without activations", _bytes(memory["training"])),
             ("keys and values, one token", _bytes(memory["key_value_per_token"])),
             (f"keys and values, context of {context}", _bytes(memory["key_value_context"])),
+            ("the same in bfloat16 (--kv-dtype), one token", _bytes(memory["key_value_per_token_bfloat16"])),
+            (f"the same, context of {context}", _bytes(memory["key_value_per_token_bfloat16"] * context)),
         ],
     )
     print_table(["tensor", "n", "shape", "dtype"], _shapes(report["tensors"]))

@@ -50,11 +50,11 @@ def inspect(
     from looplm import analysis
     from looplm.atomic import replace_files
     from looplm_cli.heatmap import print_inspection
-    from looplm_cli.inputs import check_loops, encode_prompt, open_model, read_prompt, thread_count
+    from looplm_cli.inputs import check_loops, encode_prompt, open_stored, read_prompt, thread_count
     from looplm_cli.render import print_json, say
     from looplm_cli.report import inspection_report
 
-    opened = open_model(model)
+    opened = open_stored(model, None)
     depth = check_loops(opened, loops)
     input_ids = _sample(opened) if prompt is None else encode_prompt(opened, read_prompt(prompt))
     found = analysis.inspect(

@@ -4,6 +4,8 @@ A weight is packed into panels, TILE_COLUMNS columns wide, once as it is (for gr
 (for the forward product).  A block of rows stays in the second-level cache while all panels pass by it, and a panel in
 the first-level cache while all tiles of the block pass by it.  Weight gradients pack both operands and add into the
 gradient in place.
+
+The loops over tiles serve pairs.py too, where an element of an operand is a word of two numbers.
 """
 
 import dataclasses
@@ -19,7 +21,7 @@ ROW_BLOCK = 1 << 15  # floats of the left operand that stay in the second-level 
 MAX_ROWS = 1024  # rows in a block, whatever the depth
 DEPTH = 384  # longest run of a product kept in registers: a panel of it takes 24 KiB of the first-level cache
 OUTER_DEPTH = 256  # rows that a weight gradient takes at a time
-LEFT_TILES = 16  # tiles of its left operand packed together
+LEFT_TILES = 8  # tiles of its left operand packed together
 SPARE = 8 - TILE_ROWS  # numbers that a block of packed tiles may spill over
 
 _ZERO = np.float32(0.0)
@@ -124,7 +126,7 @@ def _pack_left(tiles, dy, first_row, rows, first_column, columns):
 
 
 @njit
-def _rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
+def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
     whole = rows // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
         left, into = x_at + row * x_row, y_at + row * y_row
@@ -135,53 +137,63 @@ def _rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, de
 
 
 @njit
+def rows_times_panels(y, begin, count, x, x_at, depth, run, panels, edge):
+    """y[begin : begin + count] = rows of x, the first at x_at, times all panels: `run` of a sum at a time.
+
+    What the last panel gives, if it is not full, goes through `edge`.
+    """
+    columns, flat = y.shape[1], y.reshape(-1)
+    full, part = columns // TILE_COLUMNS, columns % TILE_COLUMNS
+    for k in range(0, depth, run):
+        length, left, more = min(run, depth - k), x_at + k, 1 if k else 0
+        for p in range(full):
+            y_at, panel_at = begin * columns + p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
+            rows_times_panel(flat, y_at, columns, x, left, depth, count, panels, panel_at, length, more)
+        if part:
+            panel_at = (full * depth + k) * TILE_COLUMNS
+            rows_times_panel(edge, 0, TILE_COLUMNS, x, left, depth, count, panels, panel_at, length, more)
+    for row in range(count if part else 0):
+        for j in range(part):
+            y[begin + row, full * TILE_COLUMNS + j] = edge[row * TILE_COLUMNS + j]
+
+
+@njit
 def _multiply(y, x, panels, edge):
-    """y: MN = x: MK times panels: P x K x TILE_COLUMNS; a last panel that is not full goes through `edge`."""
-    rows, columns = y.shape
-    depth = x.shape[1]
+    """y: MN = x: MK times panels: P x K x TILE_COLUMNS."""
+    rows, depth = x.shape
     run = (depth + (depth + DEPTH - 1) // DEPTH - 1) // ((depth + DEPTH - 1) // DEPTH)  # equal runs
     block = min(MAX_ROWS, max(ROW_BLOCK // run, TILE_ROWS)) // TILE_ROWS * TILE_ROWS
-    full = columns // TILE_COLUMNS
-    y_flat, x_flat, flat = y.reshape(-1), x.reshape(-1), panels.reshape(-1)
+    x_flat, flat = x.reshape(-1), panels.reshape(-1)
     for begin in range(0, rows, block):
-        count = min(block, rows - begin)
-        for k in range(0, depth, run):
-            length, x_at, more = min(run, depth - k), begin * depth + k, 1 if k else 0
-            for p in range(full):
-                y_at, panel_at = begin * columns + p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
-                _rows_times_panel(y_flat, y_at, columns, x_flat, x_at, depth, count, flat, panel_at, length, more)
-            if full < panels.shape[0]:
-                panel_at = (full * depth + k) * TILE_COLUMNS
-                _rows_times_panel(edge, 0, TILE_COLUMNS, x_flat, x_at, depth, count, flat, panel_at, length, more)
-        if full < panels.shape[0]:
-            first = full * TILE_COLUMNS
-            for row in range(count):
-                for j in range(columns - first):
-                    y[begin + row, first + j] = edge[row * TILE_COLUMNS + j]
+        rows_times_panels(y, begin, min(block, rows - begin), x_flat, begin * depth, depth, run, flat, edge)
+
+
+@njit
+def add_tiles(dweight, first, width, tiles, panels, depth, spare, edge):
+    """dweight[first : first + width] += packed tiles (`spare` elements apart) times all packed panels."""
+    columns, flat = dweight.shape[1], dweight.reshape(-1)
+    for row in range(0, width, TILE_ROWS):
+        left, top = row // TILE_ROWS * (depth * TILE_ROWS + spare), first + row
+        for column in range(0, columns, TILE_COLUMNS):
+            right = column // TILE_COLUMNS * depth * TILE_COLUMNS
+            if column + TILE_COLUMNS <= columns and row + TILE_ROWS <= width:
+                into = top * columns + column
+                tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, flat, into, columns, depth, 1)
+                continue
+            tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, edge, 0, TILE_COLUMNS, depth, 0)
+            for r in range(min(TILE_ROWS, width - row)):
+                for j in range(min(TILE_COLUMNS, columns - column)):
+                    dweight[top + r, column + j] += edge[r * TILE_COLUMNS + j]
 
 
 @njit
 def _accumulate_outer(dweight, dy, x, tiles, panels, edge):
     """dweight: NK += dy: MN transposed times x: MK."""
     rows, n = dy.shape
-    columns = x.shape[1]
-    flat = dweight.reshape(-1)
     for first_row in range(0, rows, OUTER_DEPTH):
         depth = min(OUTER_DEPTH, rows - first_row)
-        tile_size, panel_size = depth * TILE_ROWS + SPARE, depth * TILE_COLUMNS
         _pack_right(panels, x, first_row, depth)
         for first in range(0, n, LEFT_TILES * TILE_ROWS):
             width = min(LEFT_TILES * TILE_ROWS, n - first)
             _pack_left(tiles, dy, first_row, depth, first, width)
-            for column in range(0, columns, TILE_COLUMNS):
-                panel_at = column // TILE_COLUMNS * panel_size
-                for row in range(0, width, TILE_ROWS):
-                    left, top = row // TILE_ROWS * tile_size, first + row
-                    if column + TILE_COLUMNS <= columns and row + TILE_ROWS <= width:
-                        into = top * columns + column
-                        tile(tiles, left, 1, TILE_ROWS, panels, panel_at, TILE_COLUMNS, flat, into, columns, depth, 1)
-                        continue
-                    tile(tiles, left, 1, TILE_ROWS, panels, panel_at, TILE_COLUMNS, edge, 0, TILE_COLUMNS, depth, 0)
-                    for r in range(min(TILE_ROWS, width - row)):
-                        for j in range(min(TILE_COLUMNS, columns - column)):
-                            dweight[top + r, column + j] += edge[r * TILE_COLUMNS + j]
+            add_tiles(dweight, first, width, tiles, panels, depth, SPARE, edge)

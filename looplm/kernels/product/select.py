@@ -1,7 +1,8 @@
 """Which path multiplies: what the processor can do, what was fastest here, what was asked for.
 
-Usable follows from the processor's features; used is what a measurement finds fastest, once per machine: the same
-instruction is twice as fast as float32 on one processor and slower than it on another.
+Usable follows from the processor's features and the system's permission; used is what proves itself here (proof.py) and
+is fastest by a measurement, once per machine: the same instruction is twice as fast as float32 on one processor and
+slower than it on another.
 """
 
 import dataclasses
@@ -14,10 +15,12 @@ from typing import Any
 import numpy as np
 
 from ...arrays import Floats, aligned_empty
-from ..jit import cache_folder, features, processor
+from ..jit import TILE_FEATURES, cache_folder, features, processor, tiles_refused
 from .blas import BlasProducts, limit_blas_threads
-from .pairs import PackedPairs, PairProducts
+from .pairs import PairProducts, packed_pairs
 from .panels import Packed, PanelProducts
+from .proof import fault_here
+from .tiles import TileProducts, packed_tiles
 
 ROWS, SHAPE = 512, (768, 256)  # measured: the three products of a weight N x K as a small model has it
 ROUNDS = 12
@@ -46,7 +49,16 @@ class Path:
         return room
 
     def missing(self) -> list[str]:
+        """Features that are not here: without them a path runs on other instructions, and is right but slow."""
         return sorted(self.needs - features())
+
+    def obstacle(self) -> str:
+        """Why it is not worth choosing here; empty if it is."""
+        missing = self.missing()
+        if not missing:
+            return ""
+        refused = tiles_refused() if TILE_FEATURES.intersection(missing) else ""
+        return refused or f"the processor lacks {', '.join(missing)}"
 
 
 PATHS = {
@@ -58,10 +70,11 @@ PATHS = {
             "pairs",
             "bf16",
             "register tiles, dot products of bfloat16 pairs",
-            PackedPairs.empty,
+            packed_pairs,
             PairProducts,
             frozenset({"avx512bf16"}),
         ),
+        Path("tiles", "bf16", "tile registers (AMX)", packed_tiles, TileProducts, TILE_FEATURES),
     )
 }
 
@@ -71,39 +84,56 @@ def choose(precision: str = "auto", name: str = "") -> Path:
 
     `auto` is float32, unless bfloat16 is faster here by BF16_ADVANTAGE.
 
-    Raises: LookupError if there is no path of that name, or it has another precision.
+    Raises: LookupError if there is no path of that name, it has another precision, or multiplies wrong here.
     """
     if name:
         if name not in PATHS:
             raise LookupError(f"there is no kernel path {name!r}, only {', '.join(PATHS)}")
         if precision not in ("auto", PATHS[name].precision):
             raise LookupError(f"kernel path {name} is {PATHS[name].precision}, not {precision}")
+        if fault := measured().faults.get(name):
+            raise LookupError(f"kernel path {name} is not right on this machine: {fault}")
         return PATHS[name]
-    rates = measured_rates()
-    best = {kind: _fastest(kind, rates) for kind in ("fp32", "bf16")}
-    if precision != "auto":
-        return best[precision]
-    gain = rates.get(best["bf16"].name, 0.0) / rates[best["fp32"].name]
-    return best["bf16" if gain >= BF16_ADVANTAGE else "fp32"]
+    found = measured()
+    best = {kind: path for kind in ("fp32", "bf16") if (path := _fastest(kind, found))}
+    if precision == "auto":
+        rate = {kind: found.rates.get(path.name, 0.0) for kind, path in best.items()}
+        gains = rate.get("bf16", 0.0) >= BF16_ADVANTAGE * rate.get("fp32", 0.0) > 0.0
+        precision = "bf16" if gains else "fp32"
+    if precision not in best:
+        raise LookupError(f"no {precision} kernel path is right on this machine: {found.faults}")
+    return best[precision]
 
 
-def _fastest(precision: str, rates: dict[str, float]) -> Path:
-    """The first that is nearly as fast as the fastest, so that a tie always falls the same way."""
-    paths = [path for path in PATHS.values() if path.precision == precision]
-    best = max(rates.get(path.name, 0.0) for path in paths)
-    return next(path for path in paths if rates.get(path.name, 0.0) >= best / TIE)
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """Of every path worth choosing here: GFLOP/s of one thread by its name, or what is wrong with it."""
+
+    rates: dict[str, float]
+    faults: dict[str, str]
 
 
-def measured_rates() -> dict[str, float]:
-    """GFLOP/s of one thread by path, of those worth choosing here; measured once and kept beside the kernels."""
+def _fastest(precision: str, found: Measured) -> Path | None:
+    """The first nearly as fast as the fastest, so that a tie always falls the same way; None if all are wrong."""
+    paths = [path for path in PATHS.values() if path.precision == precision and path.name not in found.faults]
+    best = max((found.rates.get(path.name, 0.0) for path in paths), default=0.0)
+    return next((path for path in paths if found.rates.get(path.name, 0.0) >= best / TIE), None)
+
+
+def measured() -> Measured:
+    """Proved and measured once, and kept beside the kernels."""
     folder = cache_folder()
     file = pathlib.Path(folder) / "rates.json" if folder else None
     found = _read(file)
     key = f"{processor()['name']} {' '.join(sorted(features()))}"
-    if key not in found:
-        found[key] = _measure([path for path in PATHS.values() if not path.missing()])
+    known = found.get(key)
+    if not isinstance(known, dict) or known.keys() != {"rates", "faults"}:
+        paths = [path for path in PATHS.values() if not path.missing()]
+        faults = {path.name: fault for path in paths if (fault := fault_here(path))}
+        rates = _measure([path for path in paths if path.name not in faults])
+        known = found[key] = {"rates": rates, "faults": faults}
         _write(file, found)
-    return found[key]
+    return Measured(**known)
 
 
 def _measure(paths: list[Path]) -> dict[str, float]:
@@ -124,7 +154,7 @@ def _measure(paths: list[Path]) -> dict[str, float]:
     return {name: round(3 * 2e-9 * ROWS * n * k / seconds, 1) for name, seconds in best.items()}
 
 
-def _read(file: pathlib.Path | None) -> dict[str, dict[str, float]]:
+def _read(file: pathlib.Path | None) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError):
@@ -132,7 +162,7 @@ def _read(file: pathlib.Path | None) -> dict[str, dict[str, float]]:
     return found if isinstance(found, dict) else {}
 
 
-def _write(file: pathlib.Path | None, rates: dict[str, dict[str, float]]) -> None:
+def _write(file: pathlib.Path | None, rates: dict[str, Any]) -> None:
     if file is None:
         return
     unfinished = file.with_suffix(f".{time.monotonic_ns()}")

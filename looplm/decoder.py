@@ -1,0 +1,134 @@
+"""The compiled loop over a model, its plan and its buffers: what a session drives.
+
+A decoder is for up to so many rows at a time; it keeps the state after each loop of those it ran last.
+"""
+
+import numpy as np
+
+from .arrays import Array, Floats, Ints, aligned_empty
+from .cache import KeyValueCache
+from .kernels import plan as field
+from .kernels.attention import forward_buffer_size
+from .kernels.cached_attention import attend
+from .kernels.product.stored import multiply, scratch_size
+from .kernels.rope import rope_tables
+from .stored import LAYER_NORMS, LAYER_PARTS, StoredWeights
+from .threads import Team
+
+LINE = 16  # floats in a cache line
+
+
+class Decoder:
+    """Up to `rows` positions through a loop at once: `states` (R x rows x D) and `gate_logit` (R x rows)."""
+
+    def __init__(self, weights: StoredWeights, cache: KeyValueCache, start: Ints, rows: int, team: Team) -> None:
+        config = weights.config
+        self._weights, self._cache, self._team, self._start = weights, cache, team, start  # start: B
+        self._rows = rows
+        self.embedded = aligned_empty((rows, config.hidden_size))
+        self.states = aligned_empty((cache.loops, rows, config.hidden_size))
+        self.gate_logit = aligned_empty((cache.loops, rows))
+        at = [self.embedded.ctypes.data, *(state.ctypes.data for state in self.states)]  # asking takes a microsecond
+        self._of_loop = [(at[r], at[r + 1], gate.ctypes.data) for r, gate in enumerate(self.gate_logit)]
+        self._plan = np.zeros(field.FIRST_LAYER + config.num_hidden_layers * field.LAYER_SIZE, np.int64)
+        self._constants = np.array([config.rms_norm_eps])
+        self._set_model()
+        self._set_shared_buffers()
+        self.cache_moved()
+
+    def run_loop(self, r: int, batch: int, length: int) -> None:
+        """Loop r of B x S positions that follow those in the cache.  Loop 0 starts from `embedded`."""
+        self._plan[: field.GATE_LOGIT + 1] = (
+            field.RUN_LOOP,
+            self._cache.first_slot(r),
+            batch,
+            length,
+            self._cache.filled,
+            *self._of_loop[r],
+        )
+        self._team.run(self._plan)
+
+    def logits(self, states: Floats) -> Floats:
+        """states: MD (at most `rows`) -> MV"""
+        states = np.ascontiguousarray(states)
+        found = aligned_empty((len(states), self._weights.config.vocab_size))
+        self._plan[: field.OUT + 1] = (field.RUN_HEAD, 0, len(states), 1, 0, states.ctypes.data, found.ctypes.data)
+        self._team.run(self._plan)
+        return found
+
+    def cache_moved(self) -> None:
+        """The cache has other memory than before: point there, and make room for attending to all of it."""
+        config, cache = self._weights.config, self._cache
+        keys = cache.capacity
+        self._tables = rope_tables(max(config.max_position_embeddings, keys), config.head_dim, config.rope_theta)
+        self._set(CACHE_KIND=cache.kind, CAPACITY=keys, CACHE_BATCH=cache.batch)
+        self._point(KEYS=cache.keys, VALUES=cache.values, START=self._start, COS=self._tables[0], SIN=self._tables[1])
+        self._set_own_buffers(keys)
+
+    def _set(self, **numbers: int) -> None:
+        for name, number in numbers.items():
+            self._plan[getattr(field, name)] = number
+
+    def _point(self, **arrays: Array) -> None:
+        self._set(**{name: array.ctypes.data for name, array in arrays.items()})
+
+    def _set_model(self) -> None:
+        weights, config = self._weights, self._weights.config
+        self._set(
+            WIDTH_D=config.hidden_size,
+            HEADS=config.num_attention_heads,
+            GROUPS=config.num_key_value_heads,
+            CHANNELS=config.head_dim,
+            FEED_FORWARD=config.intermediate_size,
+            LAYERS=config.num_hidden_layers,
+            VOCABULARY=config.vocab_size,
+            ROWS=self._rows,
+            MULTIPLY=multiply.address,
+            ATTEND=attend.address,
+        )
+        self._point(
+            NORM=weights.norm, GATE_WEIGHT=weights.gate_weight, GATE_BIAS=weights.gate_bias, CONSTANTS=self._constants
+        )
+        self._plan[field.HEAD : field.HEAD + 3] = weights.head.plan
+        for layer in range(config.num_hidden_layers):
+            prefix, entry = f"model.layers.{layer}.", []
+            entry += [weights.floats[f"{prefix}{name}.weight"].ctypes.data for name in LAYER_NORMS]
+            for name in LAYER_PARTS:
+                entry += weights.matrices[f"{prefix}{name}.weight"].plan
+            first = field.FIRST_LAYER + layer * field.LAYER_SIZE
+            self._plan[first : first + field.LAYER_SIZE] = entry
+
+    def _set_shared_buffers(self) -> None:
+        config, rows = self._weights.config, self._rows
+        query, key_value = (
+            heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
+        )
+        self._shared = {
+            "QKV": aligned_empty((rows, query + 2 * key_value)),
+            "ATTENTION": aligned_empty((rows, query)),
+            "BRANCH": aligned_empty((rows, config.hidden_size)),
+            "GATE_UP": aligned_empty((rows, 2 * config.intermediate_size)),
+        }
+        self._point(**self._shared)
+
+    def _set_own_buffers(self, keys: int) -> None:
+        """One after the other, for each thread."""
+        config, rows = self._weights.config, self._rows
+        width, channels = config.hidden_size, config.head_dim
+        per_group = config.num_attention_heads // config.num_key_value_heads
+        longest = max(width, config.intermediate_size, config.num_attention_heads * channels)
+        scores = max(per_group * keys, forward_buffer_size(keys, channels) + 2 * keys * channels)
+        sizes = {
+            "STATE": rows * width,
+            "NORMED": rows * width,
+            "SCRATCH": scratch_size(longest),
+            "SCORES": scores,
+            "LSE": rows * per_group,
+        }
+        at = 0
+        for name, size in sizes.items():
+            self._set(**{name: 4 * at})
+            at += -(-size // LINE) * LINE
+        self._own = aligned_empty((self._team.threads, at))
+        self._point(OWN=self._own)
+        self._set(OWN_STEP=4 * at, SCORES_SIZE=scores)

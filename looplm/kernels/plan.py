@@ -1,0 +1,22 @@
+"""What a plan says: the table of numbers and addresses by which a compiled loop knows its model, cache and buffers.
+
+Python fills it in (looplm/decoder.py), kernels read it.  Every field is an int64.
+"""
+
+# The plan's numbers.  What a call is about:
+(COMMAND, FIRST_SLOT, BATCH, LENGTH, FILLED, X, OUT, GATE_LOGIT) = range(8)
+# The model's shape, and what one call may be about at most:
+(WIDTH_D, HEADS, GROUPS, CHANNELS, FEED_FORWARD, LAYERS, VOCABULARY, ROWS) = range(8, 16)
+# Key/value cache, and tables for rotary positions:
+(CACHE_KIND, CAPACITY, CACHE_BATCH, KEYS, VALUES, START, COS, SIN) = range(16, 24)
+# Addresses of buffers that all threads share, and of the first thread's own and the step to the next:
+(QKV, ATTENTION, BRANCH, GATE_UP, OWN, OWN_STEP, CONSTANTS, SCORES_SIZE) = range(24, 32)
+# Addresses, from the start of a thread's own buffer:
+(STATE, NORMED, SCRATCH, SCORES, LSE) = range(32, 37)
+NORM, GATE_WEIGHT, GATE_BIAS, HEAD = 40, 41, 42, 43  # and from HEAD on, a matrix: kind, codes, scales
+MULTIPLY, ATTEND = 46, 47  # addresses of compiled routines
+FIRST_LAYER = 48
+(NORM_1, NORM_2, NORM_3, NORM_4, Q, K, V, O, GATE, UP, DOWN) = (0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22)  # noqa: E741
+LAYER_SIZE = 25
+
+RUN_LOOP, RUN_HEAD = 0, 1

@@ -1,0 +1,127 @@
+"""float32 matrices rounded to bfloat16 on their way into what products read: what the bfloat16 paths share.
+
+Two neighbours along the summed axis lie in one 32-bit word, the first in the lower half.  A sum has a depth, counted in
+words; beyond the matrix there are zeros, which add nothing.  What is multiplied from the left is rows of words, what is
+multiplied from the right lies in panels, so many columns wide.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from ...arrays import Array, Floats, aligned_empty
+from ..jit import njit
+from ..vectors import pair_eight, pair_neighbours, pair_one, transpose_eight
+
+_ZERO, _LOWER = np.uint32(0), np.uint32(0xFFFF)
+
+
+def empty_words(count: int) -> Array:
+    """Uninitialised memory for so many words, on a cache line."""
+    return aligned_empty((count,)).view(np.uint32)
+
+
+def depth_of(numbers: int, step: int = 1) -> int:
+    """Words that so many numbers take, filled up to a multiple of `step`."""
+    return -(-numbers // (2 * step)) * step
+
+
+@dataclasses.dataclass(frozen=True)
+class PackedWords:
+    """One weight matrix, N x K, in both arrangements: panels `columns` wide, depths a multiple of `step` words."""
+
+    shape: tuple[int, int]
+    columns: int
+    step: int
+    plain: Array  # K/columns x depth of N x columns
+    transposed: Array  # N/columns x depth of K x columns
+    lines: Array  # eight rows of the weight on their way into `transposed`
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int], columns: int, step: int) -> "PackedWords":
+        n, k = shape
+        plain = empty_words(-(-k // columns) * depth_of(n, step) * columns)
+        transposed = empty_words(-(-n // columns) * depth_of(k, step) * columns)
+        return cls(shape, columns, step, plain, transposed, empty_words(8 * depth_of(k, step)))
+
+    def fill(self, weight: Floats) -> None:
+        n, k = self.shape
+        pack_right(self.plain, weight, 0, n, self.columns, depth_of(n, self.step))
+        _pack_transposed(self.transposed, weight, self.lines, self.columns, depth_of(k, self.step))
+
+
+@njit
+def pair_lines(words, at, source, first_at, second_at, count, alone):
+    """`count` words of two lines; `alone`: there is no second line, its half is zero."""
+    for j in range(0, count - 7, 8):
+        pair_eight(words, at + j, source, first_at + j, second_at + j)
+    for j in range(count // 8 * 8, count):
+        pair_one(words, at + j, source, first_at + j, second_at + j)
+    if alone:
+        for j in range(count):
+            words[at + j] &= _LOWER
+
+
+@njit
+def pair_rows(words, x, begin, rows, depth):
+    """words: rows x depth from rows of x: MK."""
+    flat, width = x.reshape(-1), x.shape[1]
+    half, whole = (width + 1) // 2, width // 16 * 8
+    for row in range(rows):
+        at, source = row * depth, (begin + row) * width
+        for k in range(0, whole, 8):
+            pair_neighbours(words, at + k, flat, source + 2 * k)
+        for k in range(whole, half):
+            alone = 2 * k + 1 == width
+            pair_lines(words, at + k, flat, source + 2 * k, source + 2 * k + (0 if alone else 1), 1, alone)
+        words[at + half : at + depth] = _ZERO
+
+
+@njit
+def pack_right(panels, x, first_row, rows, columns, depth):
+    """panels: depth x columns words, one after the other: panel p holds columns p * `columns` and on of rows of x."""
+    flat, width = x.reshape(-1), x.shape[1]
+    half = (rows + 1) // 2
+    for first in range(0, width, columns):
+        count = min(columns, width - first)
+        for m in range(half):
+            at, source = first * depth + m * columns, (first_row + 2 * m) * width + first
+            alone = 2 * m + 1 == rows
+            pair_lines(panels, at, flat, source, source if alone else source + width, count, alone)
+            panels[at + count : at + columns] = _ZERO
+        panels[first * depth + half * columns : (first + columns) * depth] = _ZERO
+
+
+@njit
+def _pack_transposed(panels, weight, lines, columns, depth):
+    """panels[p, k, j] = word k of weight[p * columns + j]; zero beyond the last row."""
+    n = weight.shape[0]
+    for first in range(0, (n + columns - 1) // columns * columns, 8):
+        at = first // columns * depth * columns + first % columns
+        rows = max(0, min(8, n - first))
+        pair_rows(lines, weight, first, rows, depth)
+        lines[rows * depth :] = _ZERO
+        whole = depth // 8 * 8
+        for k in range(0, whole, 8):
+            transpose_eight(panels, at + k * columns, columns, lines, k, depth)
+        for k in range(whole, depth):
+            for j in range(8):
+                panels[at + k * columns + j] = lines[j * depth + k]
+
+
+@njit
+def pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, columns, depth):
+    """words: columns x depth: row i is column first_column + i of rows of x.  lines: 8 x columns, up to the next 8."""
+    flat, width = x.reshape(-1), x.shape[1]
+    room = (columns + 7) // 8 * 8
+    for k in range(0, depth, 8):
+        for i in range(8):
+            row = 2 * (k + i)
+            if row >= rows:
+                lines[i * room : (i + 1) * room] = _ZERO
+                continue
+            source, alone = (first_row + row) * width + first_column, row + 1 == rows
+            pair_lines(lines, i * room, flat, source, source if alone else source + width, columns, alone)
+            lines[i * room + columns : (i + 1) * room] = _ZERO
+        for j in range(0, columns, 8):
+            transpose_eight(words, j * depth + k, depth, lines, j, room)

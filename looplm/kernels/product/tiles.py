@@ -1,0 +1,150 @@
+"""Products of bfloat16 numbers with float32 sums on tile registers (AMX): the numbers of pairs.py, other instructions.
+
+Four registers hold 32 x 32 sums, two a block of rows of the left operand, two a block of columns of the right one: four
+products for four loads.  The arithmetic costs so little that packing and memory decide: a weight is packed once per
+optimizer step, the other operand is rounded and packed as it is read, a panel of the right operand stays in the
+first-level cache while all rows of a block pass by it, and these in a second-level cache of 2 MiB.  All packed memory
+starts on cache lines, without which tiles are loaded at half the speed.  Blocks at the edges of a result go through
+`edge`.
+
+Without the instructions the same code runs on emulated registers, slowly.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...arrays import Floats, aligned_empty
+from ..amx import SIDE, begin_tiles, dot_tiles, end_tiles, load_tile, store_tile, tile_state, zero_tile
+from ..jit import njit
+from .packing import PackedWords, depth_of, empty_words, pack_right, pack_rows_of_transpose, pair_rows
+
+BLOCK = 2 * SIDE  # rows, and columns, of the sums that the registers hold
+DEPTH = 256  # words, the longest run of a sum kept in registers: a panel of it takes 32 KiB of the first-level cache
+ROW_WORDS = 1 << 17  # words of the left operand that stay in the second-level cache (512 KiB)
+MAX_ROWS = 1024  # rows in a block, whatever the depth
+OUTER_ROWS = 2 * DEPTH  # rows that a weight gradient takes at a time
+LEFT_ROWS = 256  # rows of its left operand packed together (256 KiB)
+
+_ZERO = np.uint32(0)
+
+
+def packed_tiles(shape: tuple[int, int]) -> PackedWords:
+    """Room for a weight N x K: panels two registers wide, depths of whole registers."""
+    return PackedWords.empty(shape, BLOCK, SIDE)
+
+
+class TileProducts:
+    """One thread's products with weights of these shapes (N, K)."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
+        longest, columns = max(max(shape) for shape in shapes), max(k for _, k in shapes)
+        self._state = tile_state()
+        self._edge = aligned_empty((BLOCK * BLOCK,))
+        self._rows = empty_words(max(ROW_WORDS, BLOCK * depth_of(longest, SIDE)))
+        self._left, self._lines = empty_words(LEFT_ROWS * DEPTH), empty_words(8 * LEFT_ROWS)
+        self._panels = empty_words(DEPTH * -(-columns // BLOCK) * BLOCK)
+
+    def forward_into(self, y: Floats, x: Floats, weight: PackedWords) -> None:
+        """y: MN from x: MK."""
+        _multiply(y, x, weight.transposed, self._rows, self._edge, self._state)
+
+    def dx_into(self, dx: Floats, dy: Floats, weight: PackedWords) -> None:
+        """dx: MK from dy: MN."""
+        _multiply(dx, dy, weight.plain, self._rows, self._edge, self._state)
+
+    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
+        """dweight: NK grows by dy: MN transposed times x: MK."""
+        _accumulate_outer(dweight, dy, x, self._left, self._lines, self._panels, self._edge, self._state)
+
+
+@njit
+def _depth(numbers):
+    """Words of a sum over so many numbers: whole registers."""
+    return (numbers + 2 * SIDE - 1) // (2 * SIDE) * SIDE
+
+
+@njit
+def _multiply_block(state, c, c_at, c_row, a, a_at, a_row, b, b_at, depth, accumulate):
+    """c: BLOCK x BLOCK (+)= a: BLOCK x depth words, times b: depth x BLOCK words; registers 0 to 3 hold the sums."""
+    low = c_at + SIDE * c_row
+    if accumulate:
+        load_tile(state, 0, c, c_at, c_row)
+        load_tile(state, 1, c, c_at + SIDE, c_row)
+        load_tile(state, 2, c, low, c_row)
+        load_tile(state, 3, c, low + SIDE, c_row)
+    else:
+        zero_tile(state, 0)
+        zero_tile(state, 1)
+        zero_tile(state, 2)
+        zero_tile(state, 3)
+    for k in range(0, depth, SIDE):
+        rows, columns = a_at + k, b_at + k * BLOCK
+        load_tile(state, 4, a, rows, a_row)
+        load_tile(state, 6, b, columns, BLOCK)
+        dot_tiles(state, 0, 4, 6)
+        load_tile(state, 7, b, columns + SIDE, BLOCK)
+        dot_tiles(state, 1, 4, 7)
+        load_tile(state, 5, a, rows + SIDE * a_row, a_row)
+        dot_tiles(state, 2, 5, 6)
+        dot_tiles(state, 3, 5, 7)
+    store_tile(state, 0, c, c_at, c_row)
+    store_tile(state, 1, c, c_at + SIDE, c_row)
+    store_tile(state, 2, c, low, c_row)
+    store_tile(state, 3, c, low + SIDE, c_row)
+
+
+@njit
+def _multiply(y, x, panels, words, edge, state):
+    """y: MN = x: MK times panels."""
+    rows, columns = y.shape
+    depth = _depth(x.shape[1])
+    block = max(min(MAX_ROWS, words.size // depth), BLOCK) // BLOCK * BLOCK
+    flat = y.reshape(-1)
+    begin_tiles(state)
+    for begin in range(0, rows, block):
+        count = min(block, rows - begin)
+        pair_rows(words, x, begin, count, depth)
+        words[count * depth : (count + BLOCK - 1) // BLOCK * BLOCK * depth] = _ZERO
+        for k in range(0, depth, DEPTH):
+            length = min(DEPTH, depth - k)
+            for column in range(0, columns, BLOCK):
+                for row in range(0, count, BLOCK):
+                    left, right, into = row * depth, column * depth, (begin + row) * columns + column
+                    if row + BLOCK <= count and column + BLOCK <= columns:
+                        at = right + k * BLOCK
+                        _multiply_block(state, flat, into, columns, words, left + k, depth, panels, at, length, k > 0)
+                    elif k == 0:
+                        _multiply_block(state, edge, 0, BLOCK, words, left, depth, panels, right, depth, False)
+                        for r in range(min(BLOCK, count - row)):
+                            for j in range(min(BLOCK, columns - column)):
+                                flat[into + r * columns + j] = edge[r * BLOCK + j]
+    end_tiles(state)
+
+
+@njit
+def _accumulate_outer(dweight, dy, x, left, lines, panels, edge, state):
+    """dweight: NK += dy: MN transposed times x: MK."""
+    n, columns = dweight.shape
+    flat = dweight.reshape(-1)
+    begin_tiles(state)
+    for first_row in range(0, dy.shape[0], OUTER_ROWS):
+        rows = min(OUTER_ROWS, dy.shape[0] - first_row)
+        depth = _depth(rows)
+        pack_right(panels, x, first_row, rows, BLOCK, depth)
+        for first in range(0, n, LEFT_ROWS):
+            width = min(LEFT_ROWS, n - first)
+            pack_rows_of_transpose(left, lines, dy, first_row, rows, first, width, depth)
+            left[width * depth : (width + BLOCK - 1) // BLOCK * BLOCK * depth] = _ZERO
+            for column in range(0, columns, BLOCK):
+                for row in range(0, width, BLOCK):
+                    top, right = row * depth, column * depth
+                    into = (first + row) * columns + column
+                    if row + BLOCK <= width and column + BLOCK <= columns:
+                        _multiply_block(state, flat, into, columns, left, top, depth, panels, right, depth, True)
+                        continue
+                    _multiply_block(state, edge, 0, BLOCK, left, top, depth, panels, right, depth, False)
+                    for r in range(min(BLOCK, width - row)):
+                        for j in range(min(BLOCK, columns - column)):
+                            flat[into + r * columns + j] += edge[r * BLOCK + j]
+    end_tiles(state)

@@ -1,0 +1,168 @@
+"""A model as decoding reads it: every matrix where it lies and in the format it is stored in.
+
+Nothing is joined, repacked or copied: a bfloat16 model is read from its mapped file, and a float32 one from its
+`Weights`.  Norms and gate are float32.  Integer formats are as docs/formats.md defines them.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+import numpy as np
+
+from .arrays import Array, Floats, Ints, aligned_empty
+from .config import ModelConfig
+from .errors import CheckpointError
+from .kernels.product.stored import multiply, multiply_into, scratch_size, widen_row
+from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
+from .model_files import EMBEDDING, HEAD, ModelFiles
+from .quantization import Quantization, Quantized, quantize_matrix
+from .safetensors_file import round_to_bfloat16
+from .threads import run_all, shards
+from .weights import Weights, parameter_table
+
+Format = Literal["float32", "bfloat16", "int8", "int4"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+KINDS: dict[str, int] = dict(zip(FORMATS, (FLOAT32, BFLOAT16, INT8, INT4), strict=True))
+LAYER_PARTS = (  # in the order of a plan
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+LAYER_NORMS = (
+    "input_layernorm",
+    "input_layernorm_2",
+    "post_attention_layernorm",
+    "post_attention_layernorm_2",
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredMatrix:
+    """N x K numbers.  `codes`: float32, bfloat16 bits (uint16), or integers; these have `scales`, bfloat16 bits."""
+
+    format: str  # one of FORMATS
+    shape: tuple[int, int]
+    codes: Array
+    scales: Array | None = None
+
+    @property
+    def plan(self) -> tuple[int, int, int]:
+        """As kernels are told: kind, and the addresses of codes and scales."""
+        scales = 0 if self.scales is None else self.scales.ctypes.data
+        return KINDS[self.format], self.codes.ctypes.data, scales
+
+    @property
+    def nbytes(self) -> int:
+        return self.codes.nbytes + (0 if self.scales is None else self.scales.nbytes)
+
+    def rows(self, numbers: Ints) -> Floats:
+        """Some rows as float32.  numbers: any shape -> shape x K"""
+        kind, codes, scales = self.plan
+        found = np.empty((numbers.size, self.shape[1]), np.float32)
+        for row, n in zip(found, numbers.reshape(-1), strict=True):
+            widen_row(kind, codes, scales, self.shape[1], n, row)
+        return found.reshape(*numbers.shape, -1)
+
+    def multiply(self, x: Floats, threads: int = 1) -> Floats:
+        """x times the transpose.  x: MK (contiguous) -> y: MN"""
+        y = np.empty((len(x), self.shape[0]), np.float32)
+
+        def work(share: slice) -> None:
+            scratch = aligned_empty((scratch_size(x.shape[1]),))
+            multiply_into(multiply.address, y, x, *self.plan, share.start, share.stop, scratch)
+
+        run_all(work, shards(self.shape[0], threads))
+        return y
+
+
+class StoredWeights:
+    """All tensors of a model; `matrices` by their names in the file, norms and gate as float32 in `floats`."""
+
+    def __init__(self, config: ModelConfig, matrices: Mapping[str, StoredMatrix], floats: Mapping[str, Floats]) -> None:
+        self.config, self.matrices, self.floats = config, matrices, floats
+        self.embedding = matrices[EMBEDDING]  # float32 or bfloat16: it is only looked up in
+        self.head = matrices.get(HEAD, self.embedding)
+        self.norm = floats["model.norm.weight"]
+        self.gate_weight, self.gate_bias = (floats[f"model.early_exit_gate.{name}"] for name in ("weight", "bias"))
+
+    @classmethod
+    def of(cls, weights: Weights) -> "StoredWeights":
+        """The same memory: what changes there changes here."""
+        tensors = {name: np.ascontiguousarray(value) for name, value in weights.tensors.items()}
+        matrices = {name: convert(value, "float32") for name, value in tensors.items() if is_matrix(name)}
+        return cls(weights.config, matrices, {name: v for name, v in tensors.items() if name not in matrices})
+
+    @property
+    def nbytes(self) -> int:
+        return sum(matrix.nbytes for matrix in self.matrices.values()) + sum(a.nbytes for a in self.floats.values())
+
+    @property
+    def bytes_per_token(self) -> int:
+        """What decoding one token reads: the stack in every loop, and the head."""
+        stack = sum(matrix.nbytes for name, matrix in self.matrices.items() if ".layers." in name)
+        return stack * self.config.total_ut_steps + self.head.nbytes
+
+    def embedded(self, input_ids: Ints) -> Floats:
+        """input_ids: any shape -> shape x D"""
+        return self.embedding.rows(input_ids)
+
+    def logits(self, states: Floats, threads: int = 1) -> Floats:
+        """Next-token logits.  states: ...D -> ...V"""
+        rows = np.ascontiguousarray(states).reshape(-1, states.shape[-1])
+        return self.head.multiply(rows, threads).reshape(*states.shape[:-1], -1)
+
+
+def is_matrix(name: str) -> bool:
+    """Whether a tensor is one that is stored in a format: not a norm, not the gate."""
+    return "norm" not in name and "early_exit_gate" not in name
+
+
+def convert(values: Floats, wanted: str, name: str = "the matrix") -> StoredMatrix:
+    """A matrix N x K in a format.  Raises: CheckpointError for integers of what is not finite."""
+    if wanted in ("int8", "int4"):
+        return _quantized(quantize_matrix(values, wanted, name))
+    shape = (values.shape[0], values.shape[1])
+    return StoredMatrix(wanted, shape, round_to_bfloat16(values) if wanted == "bfloat16" else values)
+
+
+def _quantized(found: Quantized) -> StoredMatrix:
+    return StoredMatrix(found.format, found.shape, found.codes, found.scales)
+
+
+def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
+    """The weights of a model folder as they are stored there, mapped; or converted, one matrix after the other.
+
+    In the integer formats the head is int8 and the embedding bfloat16, as in a folder of such weights.
+
+    Raises: CheckpointError if another format is wanted of weights that are integers already.
+    """
+    if files.quantization and wanted not in (None, files.quantization.format):
+        raise CheckpointError(
+            f"{files.folder} holds {files.quantization.format} weights, which cannot become {wanted}",
+            "use them as they are, or the folder that they were made from",
+        )
+    matrices: dict[str, StoredMatrix] = {}
+    floats: dict[str, Floats] = {}
+    to_integers = Quantization(wanted) if wanted in ("int8", "int4") and not files.quantization else None
+    for name in (parameter.name for parameter in parameter_table(files.config)):
+        if not is_matrix(name):
+            floats[name] = files.stored_in[name].floats(name)
+            continue
+        stored = files.stored_matrix(name)
+        if isinstance(stored, Quantized):
+            matrices[name] = _quantized(stored)
+            continue
+        own = "bfloat16" if stored.dtype == np.uint16 else "float32"
+        into = own if wanted is None or files.quantization else wanted
+        if to_integers:
+            into = to_integers.format_of(name) or "bfloat16"
+        if into == own == "bfloat16":
+            matrices[name] = StoredMatrix(own, (stored.shape[0], stored.shape[1]), stored)
+        else:
+            matrices[name] = convert(files.stored_in[name].floats(name), into, name)
+    return StoredWeights(files.config, matrices, floats)
