@@ -50,8 +50,8 @@ class Format:
         return shape[0], self.padded(shape[1]) // self.group
 
 
-# Of 15 steps the largest weight is -8 or 7; a smaller scale clips it and serves the other 31 better.  These steps halve
-# what is left to gain beyond 7 and 8 alone; finer ones bring a hundredth of the error.
+# Only one side reaches 8, and a scale that clips the largest weight can serve the other 31 better.  Error on normal
+# weights: 0.097 with 7 alone, 0.090 with 7 and 8, 0.0863 with these, 0.0858 with steps of 1/32.
 _DIVISORS = tuple(6.5 + 0.25 * step for step in range(15))
 FORMATS = {
     "int8": Format("int8", 64, -127, 127, "I8", 1, (127.0,)),
