@@ -51,7 +51,8 @@ def test_a_small_matrix_is_rounded_as_defined(fmt: str) -> None:
 def test_products_and_a_whole_model_stay_within_the_bound(fmt: str, candidate: judge.Candidate) -> None:
     rows = list(judge.compare(candidate, fmt))
     assert [row for row in rows if not row.ok] == []
-    assert max(row.error for row in rows) < 1e-5  # who widens the weights has only float32's rounding
+    # who widens the weights has only float32's rounding; decoding rounds the other operand to 16 bits
+    assert max(row.error for row in rows) < (3e-4 if candidate.name == "decoded as they are stored" else 1e-5)
 
 
 def test_the_reference_agrees_with_itself_exactly() -> None:
