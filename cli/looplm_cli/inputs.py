@@ -11,6 +11,7 @@ from looplm_cli.render import print_warning, say
 if TYPE_CHECKING:
     from looplm.arrays import Ints
     from looplm.config import ModelConfig
+    from looplm.exits import ExitRule
     from looplm.text import Tokenizer
     from looplm.weights import Weights
 
@@ -42,6 +43,17 @@ class Opened:
     @property
     def trained_loops(self) -> int:
         return int(self.provenance.get("trained_loops") or self.config.total_ut_steps)
+
+    @property
+    def calibrated(self) -> dict[str, Any]:
+        """What `looplm calibrate` solved for, in `looplm.json`; empty if it did not."""
+        found = self.provenance.get("exit")
+        return found if isinstance(found, dict) else {}
+
+    def loss_at_depth(self, loops: int) -> float | None:
+        """The held-out loss measured at a depth, if some command stored it in `looplm.json`."""
+        found = (self.provenance.get("loss_by_depth") or {}).get(str(loops))
+        return float(found) if isinstance(found, int | float) else None
 
     def hops_alphabet(self) -> dict[str, int]:
         """The `alphabet` and `max_hops` arguments of the functions in looplm.tasks.hops."""
@@ -123,8 +135,101 @@ def check_loops(model: Opened, loops: int | None) -> int:
     if loops is None:
         return model.config.total_ut_steps
     if loops > model.trained_loops:
-        print_warning(f"{loops} loops are more than the {model.trained_loops} this model was trained with")
+        print_warning(
+            f"{loops} loops are more than the {model.trained_loops} this model was trained with" + _known(model, loops)
+        )
     return loops
+
+
+def _known(model: Opened, loops: int) -> str:
+    there, trained = model.loss_at_depth(loops), model.loss_at_depth(model.trained_loops)
+    if there is None or trained is None:
+        return f"; what they do is not known: looplm eval --max-loops {loops} --remember measures it"
+    verdict = "no better" if there >= trained else "better"
+    return (
+        f"; measured on held-out data they are {verdict}: loss {there:.4f}, after {model.trained_loops} {trained:.4f}"
+    )
+
+
+def exit_rule(
+    model: Opened, q: float | None, wish: str | None, *, loops: int | None = None, min_loops: int = 1
+) -> "ExitRule | None":
+    """The rule that --q, --exit, --min-loops and --loops ask for together; None if they ask for nothing.
+
+    Raises: UsageError for --q beside --exit, bounds that exclude each other, or a rule named without a threshold where
+    the model has none calibrated.
+    """
+    from looplm.errors import UsageError
+    from looplm.exits import FixedDepth, LearnedGate, bind, choose_rule
+
+    if q is not None and wish is not None:
+        raise UsageError(
+            f"--q {q:g} and --exit {wish} both say when to stop", f"use one: --exit gate:{q:g} is --q {q:g}"
+        )
+    if loops is None:
+        _check_min_loops(model, min_loops)
+    rule = LearnedGate(q) if q is not None else None if wish is None else named_rule(model, wish)
+    if rule is None and loops is None and min_loops == 1:
+        return None
+    default = default_rule(model)[0] or LearnedGate(model.config.early_exit_threshold)
+    if rule is None and loops is not None:
+        rule, loops = FixedDepth(loops), None if min_loops == 1 else loops
+    return bind(choose_rule(rule, loops, default, min_loops), model.weights)
+
+
+DEFAULT_THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+
+
+def exit_rules(model: Opened, q: list[float], wishes: list[str], min_loops: int = 1) -> "list[ExitRule]":
+    """The rules that several --q and --exit ask for, in that order; the usual thresholds if they ask for nothing.
+
+    They share what they read.  Raises: UsageError as `exit_rule`.
+    """
+    from looplm.exits import LearnedGate, Readout, bind, choose_rule
+
+    asked = [LearnedGate(value) for value in q or (() if wishes else DEFAULT_THRESHOLDS)]
+    found = [*asked, *(named_rule(model, wish) for wish in wishes)]
+    _check_min_loops(model, min_loops)
+    readout = Readout(model.weights.head)
+    return [bind(choose_rule(rule, None, rule, min_loops), readout) for rule in found]
+
+
+def _check_min_loops(model: Opened, min_loops: int) -> None:
+    from looplm.errors import UsageError
+
+    if min_loops > model.config.total_ut_steps:
+        raise UsageError(
+            f"--min-loops {min_loops} is more than the model's {model.config.total_ut_steps} loops",
+            f"use at most {model.config.total_ut_steps}, or more --loops where the command has it",
+        )
+
+
+def named_rule(model: Opened, wish: str) -> "ExitRule":
+    """The rule of one `--exit`; a name alone means the threshold calibrated for the model.
+
+    Raises: UsageError if there is none.
+    """
+    from looplm.errors import UsageError
+    from looplm.exits import bind, make_rule
+
+    name, colon, number = wish.partition(":")
+    if colon:
+        return bind(make_rule(name, float(number)), model.weights)
+    stored = (model.calibrated.get("thresholds") or {}).get(name)
+    if stored is None:
+        raise UsageError(
+            f"--exit {wish} names no threshold, and none is calibrated for {model.folder}",
+            f"write --exit {wish}:NUMBER, or calibrate: looplm calibrate --target-loops 2.5",
+        )
+    return bind(make_rule(name, float(stored)), model.weights)
+
+
+def default_rule(model: Opened) -> "tuple[ExitRule | None, str]":
+    """What calibration stored with the model as the way to stop, and a line that says so; None if it did not."""
+    if "rule" not in model.calibrated:
+        return None, ""
+    rule = named_rule(model, str(model.calibrated["rule"]))
+    return rule, f"stopping by {rule}, calibrated for {model.calibrated['goal']}; --q 1 runs all loops"
 
 
 def thread_count(threads: int | None) -> int:

@@ -11,8 +11,10 @@ from looplm_cli.options import (
     LOOPS,
     MODEL,
     SAMPLING,
+    ExitOption,
     JsonOption,
     LoopsOption,
+    MinLoopsOption,
     ModelOption,
     PromptOption,
     QOption,
@@ -33,6 +35,8 @@ def generate(
     model: ModelOption = None,
     prompt: PromptOption = None,
     q: QOption = None,
+    exit: ExitOption = None,
+    min_loops: MinLoopsOption = 1,
     loops: LoopsOption = None,
     temperature: Annotated[
         float,
@@ -113,9 +117,10 @@ def generate(
     """Continue a prompt, looping only as often as each token needs.
 
     The text goes to stdout as it is written; afterwards stderr tells how many loops the tokens took. With --q, a token
-    stops at the first loop whose exit probabilities add up to q (without it, the model's own threshold, usually 1: all
-    loops); --loops alone is a fixed depth, with --q the most loops a token may take. The prompt itself always runs all
-    loops. Without a prompt the model starts a new document.
+    stops at the first loop whose exit probabilities add up to q; --exit names other rules. Without either it is what
+    looplm calibrate stored, or else the model's own threshold, usually 1: all loops. --loops alone is a fixed depth,
+    with a rule the most loops a token may take. The prompt itself always runs all loops. Without a prompt the model
+    starts a new document.
 
     [bold]looplm generate -p "The with statement" --q 0.7 -n 200[/bold]
     """
@@ -124,10 +129,10 @@ def generate(
     from looplm import generation
     from looplm.cache import POLICIES
     from looplm.errors import UsageError
-    from looplm.exits import choose_rule
+    from looplm.exits import LearnedGate
     from looplm.kernels.product.blas import limit_blas_threads
     from looplm.sampling import Sampling
-    from looplm_cli.inputs import check_loops, open_model, read_prompt
+    from looplm_cli.inputs import check_loops, default_rule, exit_rule, open_model, read_prompt
     from looplm_cli.render import print_json, say
 
     policy = next((known for known in POLICIES if known == kv), None)
@@ -139,12 +144,17 @@ def generate(
     guard = generation.StopStrings(stop or [])
     opened = open_model(model)
     _refuse_task(opened)
-    check_loops(opened, loops)
     text = "" if prompt is None else read_prompt(prompt)
     prompt_ids = _prompt_ids(opened, text)
     limit_blas_threads(threads)
     own_loops = opened.config.total_ut_steps
-    rule = choose_rule(q, loops, opened.config.early_exit_threshold)
+    rule = exit_rule(opened, q, exit, loops=loops, min_loops=min_loops)
+    if rule is None:
+        rule, told = default_rule(opened)
+        if rule is not None and not quiet:
+            say(told)
+    rule = rule or LearnedGate(opened.config.early_exit_threshold)
+    check_loops(opened, None if rule.deepest(own_loops) == own_loops else rule.deepest(own_loops))
     ends = (opened.config.eos_token_id, opened.tokenizer.eos_id)
     tokens = generation.generate(
         opened.weights,
@@ -175,7 +185,7 @@ def generate(
         say(written.summary())
     if as_json:
         settings = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(prompt_ids.size), "seed": seed}
-        print_json({**settings, "q": q, "loops": written.depth, "kv": kv, **written.report(opened)})
+        print_json({**settings, "q": q, "exit": str(rule), "loops": written.depth, "kv": kv, **written.report(opened)})
 
 
 @dataclasses.dataclass
