@@ -270,7 +270,7 @@ def make_rule(name: str, threshold: float) -> ExitRule:
     if name == "gate":
         return LearnedGate(threshold)
     if name == "fixed":
-        if threshold != round(min(threshold, 1e9)) or threshold < 1:
+        if not threshold >= 1 or threshold != int(min(threshold, 1e9)):
             raise UsageError(f"fixed:{threshold:g}: a number of loops is whole and at least 1", "use e.g. fixed:2")
         return FixedDepth(int(threshold))
     if name not in MEASURED:

@@ -46,13 +46,16 @@ class Opened:
 
     @property
     def calibrated(self) -> dict[str, Any]:
-        """What `looplm calibrate` solved for, in `looplm.json`; empty if it did not."""
+        """What `looplm calibrate` solved for, in `looplm.json`; empty if it did not, or it is not whole."""
         found = self.provenance.get("exit")
-        return found if isinstance(found, dict) else {}
+        thresholds = found.get("thresholds") if isinstance(found, dict) else None
+        whole = isinstance(thresholds, dict) and all(isinstance(x, int | float) for x in thresholds.values())
+        return found if isinstance(found, dict) and whole and found.get("rule") in thresholds else {}
 
     def loss_at_depth(self, loops: int) -> float | None:
         """The held-out loss measured at a depth, if some command stored it in `looplm.json`."""
-        found = (self.provenance.get("loss_by_depth") or {}).get(str(loops))
+        losses = self.provenance.get("loss_by_depth")
+        found = losses.get(str(loops)) if isinstance(losses, dict) else None
         return float(found) if isinstance(found, int | float) else None
 
     def hops_alphabet(self) -> dict[str, int]:
@@ -215,7 +218,7 @@ def named_rule(model: Opened, wish: str) -> "ExitRule":
     name, colon, number = wish.partition(":")
     if colon:
         return bind(make_rule(name, float(number)), model.weights)
-    stored = (model.calibrated.get("thresholds") or {}).get(name)
+    stored = model.calibrated.get("thresholds", {}).get(name)
     if stored is None:
         raise UsageError(
             f"--exit {wish} names no threshold, and none is calibrated for {model.folder}",
@@ -226,10 +229,10 @@ def named_rule(model: Opened, wish: str) -> "ExitRule":
 
 def default_rule(model: Opened) -> "tuple[ExitRule | None, str]":
     """What calibration stored with the model as the way to stop, and a line that says so; None if it did not."""
-    if "rule" not in model.calibrated:
+    if not model.calibrated:
         return None, ""
     rule = named_rule(model, str(model.calibrated["rule"]))
-    return rule, f"stopping by {rule}, calibrated for {model.calibrated['goal']}; --q 1 runs all loops"
+    return rule, f"stopping by {rule}, calibrated for {model.calibrated.get('goal')}; --q 1 runs all loops"
 
 
 def thread_count(threads: int | None) -> int:

@@ -110,25 +110,26 @@ def print_sweep(report: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    wide = stdout().width >= WIDE
     rows = [
         [
             f"{marks[entry['entry']]} {entry['entry']}",
             f"{p['threshold']:.4g}",
             f"{p['mean_loops']:.2f}",
             sparkline([share or 0.0 for share in p["exits"]]),
-            f"{p['loss']:.4f}" + (f" ±{_short(p['intervals']['loss'])}" if stdout().width >= WIDE else ""),
+            f"{p['loss']:.4f}" + (f" ±{_short(p['intervals']['loss'])}" if wide else ""),
             f"{100 * p['accuracy']:.1f} %",
-            f"{100 * p['agreement']:.1f} %",
+            *([f"{100 * p['agreement']:.1f} %"] if wide else []),
             "-" if p["ms_per_token"] is None else f"{p['ms_per_token']:.2f}",
             ("L" if p["best_by_loops"] else " ") + ("T" if p["best_by_time"] else " "),
         ]
         for entry in report["entries"]
         for p in entry["points"]
     ]
-    print_table(["rule", "at", "loops", "exits", "loss", "right", "as full", "ms", "best"], rows)
-    stdout().print(
-        "best: no other point has as few loops (L), or takes as little time (T), and loses less", markup=False
-    )
+    heads = ["rule", "at", "loops", "exits", "loss", "right", *(["as full"] if wide else []), "ms", "best"]
+    print_table(heads, rows)
+    key = "ms: per decoded token; best: nothing else with as few loops (L), or in as little time (T), loses less"
+    stdout().print(("as full: same best token as after all loops; " if wide else "") + key, markup=False)
     _print_plot(report, marks)
     _print_budgets(report)
     if any("hops" in p for entry in report["entries"] for p in entry["points"]):

@@ -1,4 +1,4 @@
-"""The pages of `looplm inspect --html` and `looplm sweep --html`: self-contained, of a template, styles and a script."""
+"""The pages of `inspect --html` and `sweep --html`: one self-contained file of a template, styles, script and data."""
 
 import html
 import json
