@@ -153,7 +153,8 @@ class Measured:
         raise UsageError(f"{self.name} measures nothing", "use one of the rules in RULES")
 
     def reached(self, statistic: Array) -> Array:
-        return statistic < self.threshold if self.falling else statistic >= self.threshold
+        threshold = np.float64(self.threshold)  # not rounded to the statistic's float32
+        return statistic < threshold if self.falling else statistic >= threshold
 
     def stops(self, hidden: Floats, gate_logit: Floats) -> Array:
         if gate_logit.shape[0] < self.earliest:

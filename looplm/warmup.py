@@ -8,7 +8,7 @@ from .analysis import inspect
 from .calibration import CalibrateConfig, Gate, fit_gate, observe
 from .config import ModelConfig
 from .data import TextSource
-from .exits import MEASURED, LearnedGate, bind
+from .exits import MEASURED, ExitRule, LearnedGate, bind
 from .generation import Session
 from .kernels.product.select import PATHS, measured_rates
 from .objectives import StageTwo
@@ -46,7 +46,8 @@ def compile_everything() -> Iterator[str]:
     yield "calibration"
     session = Session(weights)
     session.feed(np.zeros((1, 8), np.int64))
-    for rule in (LearnedGate(0.5), *(kind(1.0) for kind in MEASURED.values())):
+    rules: list[ExitRule] = [LearnedGate(0.5), *(kind(1.0) for kind in MEASURED.values())]
+    for rule in rules:
         session.advance(np.zeros(1, np.int64), bind(rule, weights))
     inspect(weights, np.zeros((1, 8), np.int64))
     yield "generation and inspection"

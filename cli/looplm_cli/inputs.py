@@ -49,8 +49,10 @@ class Opened:
         """What `looplm calibrate` solved for, in `looplm.json`; empty if it did not, or it is not whole."""
         found = self.provenance.get("exit")
         thresholds = found.get("thresholds") if isinstance(found, dict) else None
-        whole = isinstance(thresholds, dict) and all(isinstance(x, int | float) for x in thresholds.values())
-        return found if isinstance(found, dict) and whole and found.get("rule") in thresholds else {}
+        if not isinstance(found, dict) or not isinstance(thresholds, dict):
+            return {}
+        whole = all(isinstance(threshold, int | float) for threshold in thresholds.values())
+        return found if whole and found.get("rule") in thresholds else {}
 
     def loss_at_depth(self, loops: int) -> float | None:
         """The held-out loss measured at a depth, if some command stored it in `looplm.json`."""
@@ -155,28 +157,28 @@ def _known(model: Opened, loops: int) -> str:
 
 
 def exit_rule(
-    model: Opened, q: float | None, wish: str | None, *, loops: int | None = None, min_loops: int = 1
+    model: Opened, q: float | None, wish: str | None, *, loops: int | None, min_loops: int, depth: int | None = None
 ) -> "ExitRule | None":
-    """The rule that --q, --exit, --min-loops and --loops ask for together; None if they ask for nothing.
+    """The rule that --q, --exit, --min-loops and --loops (the most loops) ask for; None if they ask for nothing.
+
+    `depth` is how many loops will run, where that is not the model's own number.
 
     Raises: UsageError for --q beside --exit, bounds that exclude each other, or a rule named without a threshold where
     the model has none calibrated.
     """
     from looplm.errors import UsageError
-    from looplm.exits import FixedDepth, LearnedGate, bind, choose_rule
+    from looplm.exits import LearnedGate, bind, choose_rule
 
     if q is not None and wish is not None:
         raise UsageError(
             f"--q {q:g} and --exit {wish} both say when to stop", f"use one: --exit gate:{q:g} is --q {q:g}"
         )
     if loops is None:
-        _check_min_loops(model, min_loops)
+        _check_min_loops(min_loops, depth or model.config.total_ut_steps)
     rule = LearnedGate(q) if q is not None else None if wish is None else named_rule(model, wish)
     if rule is None and loops is None and min_loops == 1:
         return None
     default = default_rule(model)[0] or LearnedGate(model.config.early_exit_threshold)
-    if rule is None and loops is not None:
-        rule, loops = FixedDepth(loops), None if min_loops == 1 else loops
     return bind(choose_rule(rule, loops, default, min_loops), model.weights)
 
 
@@ -192,18 +194,18 @@ def exit_rules(model: Opened, q: list[float], wishes: list[str], min_loops: int 
 
     asked = [LearnedGate(value) for value in q or (() if wishes else DEFAULT_THRESHOLDS)]
     found = [*asked, *(named_rule(model, wish) for wish in wishes)]
-    _check_min_loops(model, min_loops)
+    _check_min_loops(min_loops, model.config.total_ut_steps)
     readout = Readout(model.weights.head)
     return [bind(choose_rule(rule, None, rule, min_loops), readout) for rule in found]
 
 
-def _check_min_loops(model: Opened, min_loops: int) -> None:
+def _check_min_loops(min_loops: int, most: int) -> None:
     from looplm.errors import UsageError
 
-    if min_loops > model.config.total_ut_steps:
+    if min_loops > most:
         raise UsageError(
-            f"--min-loops {min_loops} is more than the model's {model.config.total_ut_steps} loops",
-            f"use at most {model.config.total_ut_steps}, or more --loops where the command has it",
+            f"--min-loops {min_loops} is more than the model's {most} loops",
+            f"use at most {most}, or more --loops where the command has it",
         )
 
 

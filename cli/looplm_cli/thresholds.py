@@ -10,7 +10,8 @@ if TYPE_CHECKING:
     from looplm.contest import Evidence, Goal
     from looplm.data import Batch
 
-CHECKED_TOKENS = 16384  # for the losses beyond the trained depth: enough for two digits, and seconds
+SOLVED_TOKENS = 16384  # of each half: what every rule compares is computed for all loops of each
+DEPTH_TOKENS = 16384  # for the losses beyond the trained depth: enough for two digits, and seconds
 
 
 def parse_goal(model: Opened, target_loops: float | None, max_loss_increase: str | None) -> "Goal | None":
@@ -50,7 +51,6 @@ def solve_thresholds(
     gate: "Gate",
     halves: "tuple[list[Batch], list[Batch]]",
     goal: "Goal",
-    tokens: int,
     threads: int | None,
 ) -> dict[str, Any]:
     """Each rule's threshold, solved for on the first half and checked on the second: what goes into `looplm.json`."""
@@ -58,7 +58,8 @@ def solve_thresholds(
     from looplm.exits import MEASURED
 
     solving, checking = (
-        gather(model.weights, ((batch, None) for batch in half), tokens, thread_count(threads)) for half in halves
+        gather(model.weights, ((batch, None) for batch in half), SOLVED_TOKENS, thread_count(threads))
+        for half in halves
     )
     entries = [Entry("gate", "gate", gate), *(Entry(name, name) for name in MEASURED)]
     found: dict[str, Any] = {"goal": str(goal), "rule": "gate", "thresholds": {}, "solved": {}, "checked": {}}
@@ -83,7 +84,7 @@ def losses_by_depth(model: Opened, batches: "list[Batch]", threads: int | None) 
 
     taken, seen = [], 0
     for batch in batches:
-        if seen >= CHECKED_TOKENS:
+        if seen >= DEPTH_TOKENS:
             break
         taken.append(batch)
         seen += batch.target.size

@@ -90,7 +90,7 @@ def calibrate(
 
     [bold]looplm calibrate --target paper --accept always[/bold] takes the paper's gate whatever the contest says.
     """
-    from looplm.calibration import CalibrateConfig, Gate
+    from looplm.calibration import Gate
     from looplm.checkpoint import swap_gate, undo_gate
     from looplm.errors import UsageError
     from looplm_cli.held_out import two_halves
@@ -121,8 +121,7 @@ def calibrate(
         changes["exit"] = None  # thresholds of another gate mean nothing
         changes["loss_by_depth"] = losses_by_depth(opened, two_halves(data)[1], threads)
         if goal is not None:
-            tokens = CalibrateConfig().teaching_tokens
-            report["exit"] = changes["exit"] = solve_thresholds(opened, gate, two_halves(data), goal, tokens, threads)
+            report["exit"] = changes["exit"] = solve_thresholds(opened, gate, two_halves(data), goal, threads)
         swap_gate(opened.folder, gate.weight, gate.bias, changes)
     if as_json:
         print_json(report)

@@ -70,7 +70,7 @@ def inspect(
     opened = open_model(model)
     depth = check_loops(opened, loops)
     asked = q is not None or exit is not None
-    rule = exit_rule(opened, q if asked else 0.7, exit, loops=depth if loops else None, min_loops=min_loops)
+    rule = exit_rule(opened, q if asked else 0.7, exit, loops=None, min_loops=min_loops, depth=depth)
     input_ids = _sample(opened) if prompt is None else encode_prompt(opened, read_prompt(prompt))
     found = analysis.inspect(
         opened.weights,

@@ -39,7 +39,7 @@ def sweep(
         int, typer.Option("--points", min=2, help="Thresholds shown per rule.", rich_help_panel=LOOPS)
     ] = 6,
     chunks: Annotated[int, typer.Option("--chunks", min=2, help="Parts of the text that the intervals are over.")] = 8,
-    tokens: Annotated[int, typer.Option("--tokens", min=64, help="The most positions to judge on.")] = 32768,
+    tokens: Annotated[int, typer.Option("--tokens", min=64, help="The most positions of either half.")] = 16384,
     turns: Annotated[
         int, typer.Option("--turns", min=1, help="How often each rule decodes for its time, another text each turn.")
     ] = 5,

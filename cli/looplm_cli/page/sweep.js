@@ -16,9 +16,11 @@ const draw = (tag, attributes = {}, ...children) => fill(document.createElementN
 const number = (value, digits) => (Number.isFinite(value) ? value.toFixed(digits) : "–");
 const percent = (share) => (Number.isFinite(share) ? `${(100 * share).toFixed(1)} %` : "–");
 
+const DASHES = ["", "7 3", "2 3"];
 const entries = report.entries.map((entry, index) => ({
   ...entry,
-  hue: Math.round((index * 360 * 0.381966) % 360), // the golden angle: neighbours differ, however many there are
+  hue: Math.round((index * 360) / report.entries.length),
+  dash: DASHES[index % DASHES.length], // hues of neighbours are close: the line tells them apart too
   visible: true,
 }));
 const current = { entry: 0, point: 0 };
@@ -70,7 +72,7 @@ function curve(entry, e, x, y, cost, worth) {
   const order = entry.points.map((p, i) => i).filter((i) => entry.points[i][cost] !== null);
   order.sort((a, b) => entry.points[a][cost] - entry.points[b][cost]);
   const place = (i) => [x.at(entry.points[i][cost]), y.at(entry.points[i][worth])];
-  group.append(draw("polyline", { class: "curve", points: order.map((i) => place(i).join(",")).join(" ") }));
+  group.append(draw("polyline", { class: "curve", "stroke-dasharray": entry.dash, points: order.map((i) => place(i).join(",")).join(" ") }));
   for (const i of order) {
     const p = entry.points[i], [cx, cy] = place(i), half = p.intervals[worth];
     if (half) {
@@ -173,7 +175,8 @@ rows("points", ["rule", "exit", "mean loops", "loss", "accuracy", "as all loops"
 byId("entries").append(...entries.map((entry, e) => {
   const box = make("input", { type: "checkbox", checked: "" });
   box.addEventListener("change", () => { entry.visible = box.checked; plot(); });
-  return make("li", { "data-series": e, style: `--hue: ${entry.hue}` }, make("label", {}, box, make("span", { class: "swatch" }), entry.entry));
+  return make("li", { "data-series": e, style: `--hue: ${entry.hue}` }, make("label", {}, box, draw("svg", { class: "swatch", viewBox: "0 0 26 4" },
+    draw("line", { class: "curve", x1: 0, x2: 26, y1: 2, y2: 2, "stroke-dasharray": entry.dash })), entry.entry));
 }));
 byId("subtitle").textContent =
   `${report.model} · ${report.data} · ${report.tokens} positions in ${report.chunks} chunks · loss after all ${report.loops} loops ${number(report.full.loss, 4)}`;
