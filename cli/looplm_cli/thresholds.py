@@ -1,5 +1,6 @@
 """Thresholds from a goal: what `looplm calibrate --target-loops` and `--max-loss-increase` solve, check and store."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from looplm.errors import UsageError
@@ -89,7 +90,7 @@ def losses_by_depth(model: Opened, batches: "list[Batch]", threads: int | None) 
         taken.append(batch)
         seen += batch.target.size
     found = evaluate(model.weights, taken, max_loops=2 * model.config.total_ut_steps, threads=thread_count(threads))
-    return {str(r + 1): round(float(loss), 5) for r, loss in enumerate(found.loss)}
+    return {str(r + 1): round(float(loss), 5) for r, loss in enumerate(found.loss) if math.isfinite(loss)}
 
 
 def print_thresholds(found: dict[str, Any]) -> None:
@@ -111,11 +112,11 @@ HALVES = ("solved", "checked")
 
 
 def verdict(found: dict[str, Any]) -> str:
-    """What is stored, and which rule did best on the half it was not solved on."""
-    names = list(found["thresholds"])
+    """What is stored, and which rule did best, with as many loops, on the half it was not solved on."""
     kept = found["rule"]
     at = found["checked"][kept]
-    best = min(names, key=lambda name: found["checked"][name]["loss"])
+    fair = [name for name in found["thresholds"] if found["checked"][name]["mean_loops"] <= at["mean_loops"] + 0.05]
+    best = min(fair, key=lambda name: found["checked"][name]["loss"])
     other = ""
     if best != kept:
         loss, loops = found["checked"][best]["loss"], found["checked"][best]["mean_loops"]
