@@ -84,14 +84,16 @@ class Entry:
         if self.rule == "fixed":
             return whole
         if self.rule == "stable":
-            return [*whole[: seen.loops], whole[-1] + 1.0]
+            return [*whole, whole[-1] + 1.0]
         values = self.values(seen)[:-1]
         values = values[np.isfinite(values)]
         most = 1.0 if self.rule in ("gate", "top") else np.inf
-        ends = [0.0, float(values.max(initial=0.0)) * 1.001] + ([1.0] if most == 1.0 else [])
+        # Twice what was seen: on other positions, too, it is beyond everything.
+        ends = [0.0, min(most, 2.0 * float(values.max(initial=0.0))), *([1.0] if most == 1.0 else [])]
         spread = np.quantile(values, np.linspace(0.0, 1.0, count)) if values.size else np.zeros(0)
-        found = np.unique(np.clip([*ends, *spread], 0.0, most).astype(np.float32).astype(np.float64))
-        return [float(f"{x:.6g}") for x in found if x <= most]
+        rounded = {float(f"{x:.6g}") for x in (*ends, *spread)}
+        falling = self.rule in MEASURED and MEASURED[self.rule].falling
+        return sorted((x for x in rounded if x <= most), reverse=falling)
 
 
 def gather(

@@ -74,11 +74,13 @@ def point(entry: Entry, threshold: float, seen: Evidence, chunks: list[Evidence]
 
 
 def spread(points: list[Point], count: int) -> list[Point]:
-    """At most so many points of one entry, about evenly far apart in mean loops, both ends among them."""
-    ordered = sorted(points, key=lambda p: (p.whole.mean_loops, p.whole.loss))
-    loops = np.array([p.whole.mean_loops for p in ordered])
-    wanted = np.linspace(loops[0], loops[-1], count)
-    return [ordered[i] for i in sorted({int(np.abs(loops - x).argmin()) for x in wanted})]
+    """At most so many points of one entry, about evenly far apart in mean loops, the first and the last among them.
+
+    The points come from stopping early to never.
+    """
+    loops = np.array([p.whole.mean_loops for p in points])
+    between = np.linspace(loops[0], loops[-1], count)[1:-1]
+    return [points[i] for i in sorted({0, len(points) - 1, *(int(np.abs(loops - x).argmin()) for x in between)})]
 
 
 def front(points: Sequence[Point], cost: str) -> list[bool]:

@@ -28,7 +28,7 @@ COMMANDS = {
     "quickstart": "The whole loop in one go: train, calibrate, generate, inspect, on built-in text.",
     "train": "Train a looped model and its exit gate on text or on a built-in task.",
     "calibrate": "Teach the gate alone when to stop looping, and keep the better gate.",
-    "sweep": "Compare every exit rule on your model: loss, loops, measured time, winners.",
+    "sweep": "Compare every exit rule on your model: loss, loops, measured time, and who wins.",
     "generate": "Continue a prompt, looping only as often as each token needs.",
     "inspect": "Look inside the loops: what each loop predicts, and where it would stop.",
     "eval": "Measure loss, bits per byte and accuracy at every depth and exit threshold.",

@@ -56,7 +56,7 @@ def sweep(
     quiet: QuietOption = False,
     threads: ThreadsOption = None,
 ) -> None:
-    """Compare every exit rule on your model: loss, loops, measured time, and who wins at which budget.
+    """Compare every exit rule on your model: loss, loops, measured time, and who wins.
 
     The held-out text (or the one given) is halved. On the first half gates are trained for the contest, one per target
     of Stage II, from the gate of Stage I; the model's folder is not touched. On the second half every rule is judged
