@@ -12,12 +12,15 @@ import numpy as np
 
 from .arrays import Array, Floats, Ints
 from .data import Batch
+from .exits import ExitRule, LearnedGate, exit_index, exit_indices
 from .generation import Session
-from .kernels import exit_distribution_forward, exit_loop
+from .kernels import exit_distribution_forward
 from .model import LOGIT_CHUNK, Readable, Trace, forward
 from .stored import StoredWeights
 from .threads import run_all, shards
 from .weights import Weights
+
+ALL_LOOPS = LearnedGate(1.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Inspection:
     trace: Trace
     input_ids: Ints  # BS
     target: Ints  # BS
-    exit_threshold: float
+    rule: ExitRule
     top_ids: Ints  # RBSk, best first
     top_prob: Floats  # RBSk
     loss: Floats  # RBS, nats
@@ -48,8 +51,13 @@ class Inspection:
         return self.top_ids[..., 0] == self.target
 
     @property
+    def exit_threshold(self) -> float | None:
+        """q, where the gate alone decides."""
+        return self.rule.exit_threshold if isinstance(self.rule, LearnedGate) else None
+
+    @property
     def mean_loops(self) -> float:
-        """Mean exit loop at the threshold, counted from 1."""
+        """Mean exit loop under the rule, counted from 1."""
         return float(self.exit_index.mean()) + 1.0
 
 
@@ -65,14 +73,14 @@ def inspect(
     input_ids: Ints,
     target: Ints | None = None,
     *,
-    exit_threshold: float = 1.0,
+    rule: ExitRule = ALL_LOOPS,
     top_k: int = 5,
     loops: int | None = None,
     threads: int = 1,
 ) -> Inspection:
     """Run all loops over sequences and look at each.  input_ids, target: BS
 
-    `target` defaults to the next token.  Ids must be below vocab_size.
+    `target` defaults to the next token; a rule that reads predictions must be bound.  Ids must be below vocab_size.
     """
     if isinstance(weights, StoredWeights):
         session = Session(weights, batch=len(input_ids), loops=loops, capacity=input_ids.shape[1], threads=threads)
@@ -100,7 +108,7 @@ def inspect(
         trace=trace,
         input_ids=input_ids,
         target=target,
-        exit_threshold=exit_threshold,
+        rule=rule,
         top_ids=top_ids,
         top_prob=top_prob,
         loss=loss,
@@ -110,7 +118,7 @@ def inspect(
         hazard=trace.hazard,
         exit_prob=trace.exit_prob,
         exit_cdf=trace.exit_cdf,
-        exit_index=trace.exit_index(exit_threshold),
+        exit_index=exit_index(rule, states, _by_position(trace.gate_logit)).reshape(shape[1:]),
     )
 
 
@@ -165,7 +173,7 @@ def fixture_arrays(inspection: Inspection) -> dict[str, Array]:
         "logits": logits,
         "gate_logit": trace.gate_logit,
         "exit_prob": exit_prob,
-        f"exit_logits@{inspection.exit_threshold:.12g}": at_exit,
+        f"exit_logits@{_threshold_name(inspection)}": at_exit,
         "expected_logits": np.einsum("rbs,rbsv->bsv", exit_prob, logits),
     }
     if ids.shape[1] > 1:
@@ -173,11 +181,17 @@ def fixture_arrays(inspection: Inspection) -> dict[str, Array]:
     return arrays
 
 
-@dataclasses.dataclass(frozen=True)
-class AtThreshold:
-    """What one exit threshold costs and gives, over counted positions."""
+def _threshold_name(inspection: Inspection) -> str:
+    """The fixture format's name of a threshold of the gate; another rule's name is one that `verify` will ignore."""
+    q = inspection.exit_threshold
+    return str(inspection.rule) if q is None else f"{q:.12g}"
 
-    exit_threshold: float
+
+@dataclasses.dataclass(frozen=True)
+class AtRule:
+    """What one exit rule costs and gives, over counted positions."""
+
+    rule: ExitRule
     mean_loops: float
     loss: float  # nats per token
     accuracy: float
@@ -197,7 +211,7 @@ class Evaluation:
     accuracy: Array
     exit_prob: Array
     hazard: Array
-    at: tuple[AtThreshold, ...]
+    at: tuple[AtRule, ...]
     bytes_per_token: float | None = None  # None where bits per byte mean nothing
 
     def bits_per_byte(self, loss: float) -> float | None:
@@ -210,35 +224,35 @@ def evaluate(
     batches: Iterable[Batch],
     *,
     max_loops: int | None = None,
-    exit_thresholds: Sequence[float] = (),
+    rules: Sequence[ExitRule] = (),
     bytes_per_token: float | None = None,
     threads: int = 1,
 ) -> Evaluation:
-    """Loss and accuracy at every depth up to `max_loops`, and at exit thresholds with the loops they cost.
+    """Loss and accuracy at every depth up to `max_loops`, and under exit rules with the loops they cost.
 
-    Thresholds speak of the model's own loops: its exit law gives the last of them all that is left, so depths beyond
-    them are never an exit.
+    Rules speak of the model's own loops: the last of them takes all that is left, so depths beyond them are never an
+    exit.  Rules that read predictions must be bound, to one readout if they are to share it.
     """
     depth = weights.config.total_ut_steps if max_loops is None else max_loops
     own = min(depth, weights.config.total_ut_steps)
-    sums = _Sums.zeros(depth, own, len(exit_thresholds))
+    sums = _Sums.zeros(depth, own, len(rules))
     for batch in batches:
 
         def work(rows: slice, batch: Batch = batch) -> _Sums:
-            return _measure(weights, batch, rows, depth, own, exit_thresholds)
+            return _measure(weights, batch, rows, depth, own, rules)
 
         for part in run_all(work, shards(len(batch.input_ids), threads)):
             sums = sums.plus(part)
     count = max(1, sums.tokens)
     at = tuple(
-        AtThreshold(
-            exit_threshold=q,
+        AtRule(
+            rule=rule,
             mean_loops=float(sums.exits[i] @ np.arange(1, own + 1)) / count,
             loss=float(sums.exit_loss[i]) / count,
             accuracy=float(sums.exit_right[i]) / count,
             exits=sums.exits[i] / count,
         )
-        for i, q in enumerate(exit_thresholds)
+        for i, rule in enumerate(rules)
     )
     means = (sums.loss / count, sums.right / count, sums.exit_prob / count, sums.hazard / count)
     return Evaluation(sums.tokens, *means, at, bytes_per_token)
@@ -246,7 +260,7 @@ def evaluate(
 
 @dataclasses.dataclass(frozen=True)
 class _Sums:
-    """Over counted positions; float64, Q for the thresholds."""
+    """Over counted positions; float64, Q for the rules."""
 
     tokens: int
     loss: Array  # R
@@ -258,8 +272,8 @@ class _Sums:
     exit_right: Array  # Q
 
     @classmethod
-    def zeros(cls, depth: int, own: int, thresholds: int) -> "_Sums":
-        shapes = ((depth,), (depth,), (own,), (own,), (thresholds, own), (thresholds,), (thresholds,))
+    def zeros(cls, depth: int, own: int, rules: int) -> "_Sums":
+        shapes = ((depth,), (depth,), (own,), (own,), (rules, own), (rules,), (rules,))
         return cls(0, *map(np.zeros, shapes))
 
     def plus(self, other: "_Sums") -> "_Sums":
@@ -267,9 +281,7 @@ class _Sums:
         return _Sums(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
-def _measure(
-    weights: Weights, batch: Batch, rows: slice, depth: int, own: int, exit_thresholds: Sequence[float]
-) -> _Sums:
+def _measure(weights: Weights, batch: Batch, rows: slice, depth: int, own: int, rules: Sequence[ExitRule]) -> _Sums:
     """Run some rows of a batch and add up what is asked for."""
     start = None if batch.start is None else batch.start[rows]
     trace = forward(weights, batch.input_ids[rows], loops=depth, start=start)
@@ -284,8 +296,9 @@ def _measure(
     right = right.reshape(depth, *target.shape)[:, counted]
     (exit_prob, _) = exit_distribution_forward(np.ascontiguousarray(trace.gate_logit[:own]))
     exits, exit_loss, exit_right = [], [], []
-    for q in exit_thresholds:
-        index = exit_loop(exit_prob, q)[0][counted]
+    for index in exit_indices(
+        rules, trace.hidden[:own, counted], np.ascontiguousarray(trace.gate_logit[:own, counted])
+    ):
         exits.append(np.bincount(index, minlength=own).astype(np.float64))
         exit_loss.append(np.take_along_axis(loss, index[None], axis=0).sum(dtype=np.float64))
         exit_right.append(np.take_along_axis(right, index[None], axis=0).sum(dtype=np.float64))
@@ -295,7 +308,7 @@ def _measure(
         right=right.sum(axis=1, dtype=np.float64),
         exit_prob=exit_prob[:, counted].sum(axis=1, dtype=np.float64),
         hazard=trace.hazard[:own, counted].sum(axis=1, dtype=np.float64),
-        exits=np.array(exits).reshape(len(exit_thresholds), own),
+        exits=np.array(exits).reshape(len(rules), own),
         exit_loss=np.array(exit_loss),
         exit_right=np.array(exit_right),
     )

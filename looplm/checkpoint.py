@@ -101,13 +101,14 @@ def save_model(
 def swap_gate(folder: str | pathlib.Path, weight: Floats, bias: Floats, provenance: Mapping[str, Any]) -> None:
     """Put another exit gate into a model folder; every other byte of its weights stays what it is.
 
-    weight: OD, bias: O.  `provenance` is what is to change in `looplm.json`.  The gate of before is kept beside the
-    model, with its provenance, for `undo_gate`.  The new one is rounded to the type in which the folder stores gates.
+    weight: OD, bias: O.  `provenance` is what is to change in `looplm.json`, None to take a key out.  The gate of
+    before is kept beside the model, with its provenance, for `undo_gate`.  The new one is rounded to the type in which
+    the folder stores gates.
 
     Raises: CheckpointError if the folder is damaged or cannot be written; the weights are then unchanged.
     """
     files = open_model(folder)
-    _exchange_gate(files, dict(zip(GATE, (weight, bias), strict=True)), {**files.provenance, **provenance})
+    _exchange_gate(files, dict(zip(GATE, (weight, bias), strict=True)), _merged(files.provenance, provenance))
 
 
 def undo_gate(folder: str | pathlib.Path) -> None:
@@ -116,15 +117,30 @@ def undo_gate(folder: str | pathlib.Path) -> None:
     Raises: CheckpointError if there is no previous gate, or for what `swap_gate` raises.
     """
     files = open_model(folder)
+    found = _previous(files)
+    if found is None:
+        raise CheckpointError(f"{folder} has no previous gate", "there is one after `looplm calibrate` took a new one")
+    _exchange_gate(files, *found)
+
+
+def previous_gate(folder: str | pathlib.Path) -> tuple[Floats, Floats, dict[str, Any]] | None:
+    """The gate from before the last calibration and what `looplm.json` said then, if the folder keeps one.
+
+    -> weight: OD, bias: O, provenance.  Raises: CheckpointError if it belongs to another model.
+    """
+    found = _previous(open_model(folder))
+    return None if found is None else (found[0][GATE[0]], found[0][GATE[1]], found[1])
+
+
+def _previous(files: ModelFiles) -> tuple[dict[str, Floats], dict[str, Any]] | None:
     path = files.folder / PREVIOUS_GATE
     if not path.exists():
-        raise CheckpointError(f"{folder} has no previous gate", "there is one after `looplm calibrate` took a new one")
+        return None
     previous = TensorFile(path)
     shapes = {p.name: p.shape for p in parameter_table(files.config) if p.name in GATE}
     if "looplm" not in previous.metadata or {name: e.shape for name, e in previous.entries.items()} != shapes:
         raise CheckpointError(f"{path} holds the gate of another model", "delete it")
-    gate = {name: previous.floats(name) for name in GATE}
-    _exchange_gate(files, gate, json.loads(previous.metadata["looplm"]))
+    return {name: previous.floats(name) for name in GATE}, json.loads(previous.metadata["looplm"])
 
 
 def _exchange_gate(files: ModelFiles, gate: Mapping[str, Floats], provenance: Mapping[str, Any]) -> None:
@@ -136,6 +152,20 @@ def _exchange_gate(files: ModelFiles, gate: Mapping[str, Floats], provenance: Ma
         contents[file.path] = file.with_changes({name: after[name] for name in GATE if files.stored_in[name] is file})
     contents[files.folder / PROVENANCE] = _json(provenance)
     replace_files(contents)
+
+
+def add_provenance(folder: str | pathlib.Path, provenance: Mapping[str, Any]) -> None:
+    """Change what `looplm.json` says, and nothing else in the folder; a value of None takes the key out.
+
+    Raises: CheckpointError if the folder is damaged or cannot be written.
+    """
+    files = open_model(folder)
+    replace_files({files.folder / PROVENANCE: _json(_merged(files.provenance, provenance))})
+
+
+def _merged(there: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    gone = {key for key, value in changes.items() if value is None}
+    return {key: value for key, value in {**there, **changes}.items() if key not in gone}
 
 
 def resolve_model(path: str | pathlib.Path | None, runs: str | pathlib.Path = "runs") -> pathlib.Path:

@@ -21,7 +21,7 @@ from .kernels import (
     stage2_forward,
 )
 
-STAGE2_TARGETS = ("paper", "look-ahead")
+STAGE2_TARGETS = ("paper", "look-ahead", "best-later")
 
 
 def log_prior(prior: str, loops: int) -> Floats:
@@ -71,7 +71,8 @@ class StageTwo:
     """Source: Section 3.4.
 
     With target "paper" the label of gate r looks back (did loop r help?) and the first gate has none; "look-ahead"
-    asks of gate r whether loop r + 1 will help, and the last gate, unused at inference, has none.
+    asks of gate r whether loop r + 1 will help, and the last gate, unused at inference, has none; "best-later" asks
+    whether any loop after r will help.
     """
 
     target: str = "look-ahead"
@@ -80,7 +81,9 @@ class StageTwo:
 
     def __post_init__(self) -> None:
         if self.target not in STAGE2_TARGETS:
-            raise ConfigError(f"target {self.target!r} is not known", f"use {' or '.join(STAGE2_TARGETS)}")
+            raise ConfigError(
+                f"target {self.target!r} is not known", f"use {', '.join(STAGE2_TARGETS[:-1])} or {STAGE2_TARGETS[-1]}"
+            )
 
     def value_and_dgate(self, loss: Floats, gate_logit: Floats) -> tuple[Floats, Floats]:
         """loss (a constant here), gate_logit: RN -> objective: N, and its derivative by the gate logits: RN."""

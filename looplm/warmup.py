@@ -8,7 +8,7 @@ from .analysis import inspect
 from .calibration import CalibrateConfig, Gate, fit_gate, observe
 from .config import ModelConfig
 from .data import TextSource
-from .exits import LearnedGate
+from .exits import MEASURED, ExitRule, LearnedGate, bind
 from .generation import Session
 from .kernels.product.select import measured
 from .objectives import StageTwo
@@ -44,9 +44,11 @@ def compile_everything() -> Iterator[str]:
     seen = observe(weights, source.validation(), 64)
     fit_gate(Gate(weights.gate_weight, weights.gate_bias), seen, StageTwo(), CalibrateConfig(steps=1))
     yield "calibration"
-    session, rule = Session(weights, threads=2), LearnedGate(0.5)
+    session = Session(weights, threads=2)
     session.feed(np.zeros((1, 8), np.int64))
-    session.advance(np.zeros((1, 1), np.int64), rule)
+    rules: list[ExitRule] = [LearnedGate(0.5), *(kind(1.0) for kind in MEASURED.values())]
+    for rule in rules:
+        session.advance(np.zeros(1, np.int64), bind(rule, weights))
     inspect(weights, np.zeros((1, 8), np.int64))
     yield "generation and inspection"
     for fmt in FORMATS:

@@ -8,6 +8,7 @@ import pytest
 from looplm import analysis
 from looplm.config import ModelConfig
 from looplm.data import Batch
+from looplm.exits import LearnedGate
 from looplm.model import forward
 from looplm.settings import InitConfig
 from looplm.weights import Weights, initialise
@@ -46,7 +47,7 @@ def log_probabilities(weights: Weights, hidden: np.ndarray) -> np.ndarray:
 
 def test_every_array_of_an_inspection_is_what_it_says(weights: Weights) -> None:
     ids = random_ids(2, 7)
-    found = analysis.inspect(weights, ids, exit_threshold=0.6, top_k=4)
+    found = analysis.inspect(weights, ids, rule=LearnedGate(0.6), top_k=4)
     log_prob = log_probabilities(weights, found.trace.hidden)
     for r in range(LOOPS):
         for b in range(2):
@@ -101,7 +102,7 @@ def test_targets_may_be_a_tasks_own(weights: Weights) -> None:
 
 
 def test_more_loops_than_the_models_own_are_inspected(weights: Weights) -> None:
-    found = analysis.inspect(weights, random_ids(1, 4), loops=5, exit_threshold=1.0)
+    found = analysis.inspect(weights, random_ids(1, 4), loops=5, rule=LearnedGate(1.0))
     assert found.loss.shape == (5, 1, 4)
     assert (found.exit_index == 4).all()
     assert found.exit_prob.sum(0) == pytest.approx(1.0)
@@ -109,7 +110,7 @@ def test_more_loops_than_the_models_own_are_inspected(weights: Weights) -> None:
 
 def test_raw_arrays_have_the_names_and_shapes_of_a_fixture(weights: Weights) -> None:
     ids = random_ids(2, 5)
-    found = analysis.inspect(weights, ids, np.full_like(ids, -1), exit_threshold=0.6)
+    found = analysis.inspect(weights, ids, np.full_like(ids, -1), rule=LearnedGate(0.6))
     arrays = analysis.fixture_arrays(found)
     assert {name: array.shape for name, array in arrays.items()} == {
         "input_ids": (2, 5),
@@ -155,7 +156,11 @@ def counted_positions(weights: Weights, loops: int) -> list[tuple[np.ndarray, np
 @pytest.mark.parametrize("threads", [1, 2])
 def test_an_evaluation_is_the_mean_over_counted_positions(weights: Weights, threads: int) -> None:
     found = analysis.evaluate(
-        weights, batches_with_everything(), max_loops=5, exit_thresholds=(0.4, 0.8, 1.0), threads=threads
+        weights,
+        batches_with_everything(),
+        max_loops=5,
+        rules=[LearnedGate(q) for q in (0.4, 0.8, 1.0)],
+        threads=threads,
     )
     positions = counted_positions(weights, 5)
     assert found.tokens == len(positions) == 18
@@ -169,9 +174,9 @@ def test_an_evaluation_is_the_mean_over_counted_positions(weights: Weights, thre
     assert found.exit_prob == pytest.approx(exit_prob.mean(0), rel=1e-4)
     assert found.hazard == pytest.approx(hazard.mean(0), rel=1e-4)
     for at in found.at:
-        reached = np.cumsum(exit_prob, axis=1) >= at.exit_threshold
+        reached = np.cumsum(exit_prob, axis=1) >= at.rule.exit_threshold
         reached[:, -1] = True
-        index = np.full(18, LOOPS - 1) if at.exit_threshold >= 1 else reached.argmax(1)
+        index = np.full(18, LOOPS - 1) if at.rule.exit_threshold >= 1 else reached.argmax(1)
         assert at.mean_loops == pytest.approx(1 + index.mean())
         assert at.exits == pytest.approx(np.bincount(index, minlength=LOOPS) / 18)
         assert at.loss == pytest.approx(np.mean([p[0][i] for p, i in zip(positions, index, strict=True)]), rel=1e-4)
@@ -180,7 +185,7 @@ def test_an_evaluation_is_the_mean_over_counted_positions(weights: Weights, thre
 
 
 def test_fewer_loops_than_the_models_own_end_the_exit_law_there(weights: Weights) -> None:
-    found = analysis.evaluate(weights, batches_with_everything(), max_loops=2, exit_thresholds=(0.999,))
+    found = analysis.evaluate(weights, batches_with_everything(), max_loops=2, rules=[LearnedGate(0.999)])
     assert found.exit_prob.shape == (2,)
     assert found.exit_prob.sum() == pytest.approx(1.0)
     assert found.at[0].mean_loops <= 2

@@ -27,7 +27,7 @@ from looplm.errors import DataError, TrainingError
 from looplm.model import forward
 from looplm.objectives import StageTwo
 from looplm.safetensors_file import TensorFile
-from looplm_cli.commands.calibrate import _halves
+from looplm_cli.held_out import halves
 
 WIDTH = 6
 FLAT = Gate(np.zeros((1, WIDTH), np.float32), np.zeros(1, np.float32))
@@ -325,9 +325,9 @@ def test_it_teaches_on_one_half_and_judges_on_the_other(model: pathlib.Path, mon
 def test_the_windows_are_halved_in_order_even_within_a_batch() -> None:
     ids = np.arange(9 * 2).reshape(9, 2)
     batches = [Batch(ids[:5], ids[:5] + 100), Batch(ids[5:], ids[5:] + 100)]
-    first, second = _halves(batches)
+    first, second = halves(batches)
     assert [len(batch.input_ids) for batch in first] == [4]
     assert [len(batch.input_ids) for batch in second] == [1, 4]
     np.testing.assert_array_equal(np.concatenate([batch.input_ids for batch in first + second]), ids)
     np.testing.assert_array_equal(np.concatenate([batch.target for batch in first + second]), ids + 100)
-    assert _halves(batches[:0]) == ([], [])
+    assert halves(batches[:0]) == ([], [])

@@ -95,7 +95,7 @@ def test_help_lists_every_command(model: pathlib.Path, lines: Lines) -> None:
     out, err = looplm("chat", "-m", model)
     assert out == ""
     assert [line.split()[0] for line in err.splitlines()] == [
-        "/help", "/q", "/loops", "/inspect", "/system", "/reset", "/exit", "//...",
+        "/help", "/q", "/rule", "/loops", "/inspect", "/system", "/reset", "/exit", "//...",
     ]  # fmt: skip
 
 
@@ -105,6 +105,8 @@ def test_help_lists_every_command(model: pathlib.Path, lines: Lines) -> None:
         ("/q two", 2, "/q two: not a number from 0 to 1"),
         ("/q nan", 2, "/q nan: not a number from 0 to 1"),
         ("/q 1.5", 2, "/q 1.5: not a number from 0 to 1"),
+        ("/rule nothing:1", 2, "nothing"),
+        ("/rule kl:-1", 2, "kl:-1"),
         ("/loops 0", 2, "/loops 0: not a number of loops"),
         ("/loops x", 2, "/loops x: not a number of loops"),
         ("/inspect", 2, "there is no answer yet"),

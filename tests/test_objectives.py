@@ -7,7 +7,7 @@ import pytest
 
 from looplm.errors import ConfigError
 from looplm.kernels import exit_distribution_forward
-from looplm.objectives import StageOne, StageTwo, entropy, log_prior
+from looplm.objectives import STAGE2_TARGETS, StageOne, StageTwo, entropy, log_prior
 
 RNG = np.random.default_rng(3)
 LOSS = RNG.uniform(0.5, 4.0, (4, 6)).astype(np.float32)
@@ -92,7 +92,7 @@ def test_a_prior_draws_the_exit_distribution_to_itself() -> None:
 def test_an_unknown_target_is_refused() -> None:
     with pytest.raises(ConfigError, match="'ahead' is not known") as caught:
         StageTwo("ahead")
-    assert caught.value.hint == "use paper or look-ahead"
+    assert caught.value.hint == "use paper, look-ahead or best-later"
 
 
 def test_the_two_targets_differ_in_which_gate_learns_from_which_improvement() -> None:
@@ -104,6 +104,28 @@ def test_the_two_targets_differ_in_which_gate_learns_from_which_improvement() ->
     ahead = np.sign(StageTwo("look-ahead").value_and_dgate(loss, gate_logit)[1][:, 0])
     assert paper.tolist() == [0.0, stop, go_on, stop]
     assert ahead.tolist() == [stop, go_on, stop, 0.0]
+
+
+def test_the_best_later_loop_counts_even_if_the_next_one_harms() -> None:
+    """Loop 2 harms, loop 3 more than makes up for it: "look-ahead" would stop at once, "best-later" goes on."""
+    loss = np.array([[2.0], [2.5], [1.0], [1.2]], np.float32)
+    gate_logit = np.zeros((4, 1), np.float32)
+    ahead = np.sign(StageTwo("look-ahead").value_and_dgate(loss, gate_logit)[1][:, 0])
+    later = np.sign(StageTwo("best-later").value_and_dgate(loss, gate_logit)[1][:, 0])
+    go_on, stop = 1.0, -1.0
+    assert ahead.tolist() == [stop, go_on, stop, 0.0]
+    assert later.tolist() == [go_on, go_on, stop, 0.0]
+
+
+@pytest.mark.parametrize("target", STAGE2_TARGETS)
+def test_stage_two_agrees_with_finite_differences(target: str) -> None:
+    objective = StageTwo(target, 3.0, 0.05)
+    _, dgate_logit = objective.value_and_dgate(LOSS, GATE_LOGIT)
+    for r in range(4):
+        nudge = np.zeros((4, 1), np.float32)
+        nudge[r] = 1e-2
+        high, low = (objective.value_and_dgate(LOSS, GATE_LOGIT + sign * nudge)[0] for sign in (1, -1))
+        np.testing.assert_allclose(dgate_logit[r], (high - low) / 2e-2, rtol=1e-3, atol=1e-4)
 
 
 def test_slope_and_threshold_say_what_an_improvement_is() -> None:

@@ -28,6 +28,7 @@ COMMANDS = {
     "quickstart": "The whole loop in one go: train, calibrate, generate, inspect, on built-in text.",
     "train": "Train a looped model and its exit gate on text or on a built-in task.",
     "calibrate": "Teach the gate alone when to stop looping, and keep the better gate.",
+    "sweep": "Compare every exit rule on your model: loss, loops, measured time, and who wins.",
     "generate": "Continue a prompt, looping only as often as each token needs.",
     "chat": "Talk with a model whose folder has a chat template.",
     "inspect": "Look inside the loops: what each loop predicts, and where it would stop.",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from looplm.errors import DataError, LoopLMError, UsageError
-from looplm_cli.inputs import Opened, check_loops
+from looplm_cli.inputs import Opened, check_loops, chosen_rule, named_rule
 from looplm_cli.render import exit_histogram, print_error, print_json, print_loops, say, stdout
 from looplm_cli.written import Written
 
@@ -27,6 +27,8 @@ class Manner:
     """How answers are made; what can be changed between two of them."""
 
     q: float | None
+    exit: str | None  # as --exit
+    min_loops: int
     loops: int | None
     policy: "Policy"
     sampling: "Sampling"
@@ -57,6 +59,7 @@ class ChatRoom:
         self._commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self._help, "this list"),
             "/q": (self._set_q, "exit threshold, e.g. /q 0.7; alone: the model's own"),
+            "/rule": (self._set_rule, "another way to stop, e.g. /rule kl:0.01; alone: the model's own"),
             "/loops": (self._set_loops, "how often the stack is applied, e.g. /loops 3; alone: as trained"),
             "/inspect": (self._inspect, "the loops that each token of the last answer took"),
             "/system": (self._set_system, "another system prompt, e.g. /system Be brief.; alone: the template's own"),
@@ -111,9 +114,8 @@ class ChatRoom:
 
     @property
     def _rule(self) -> "ExitRule":
-        from looplm.exits import choose_rule
-
-        return choose_rule(self.manner.q, self.manner.loops, self.opened.config.early_exit_threshold)
+        manner = self.manner
+        return chosen_rule(self.opened, manner.q, manner.exit, loops=manner.loops, min_loops=manner.min_loops)[0]
 
     def _answer(self, message: str) -> None:
         manner, rule, own_loops = self.manner, self._rule, self.opened.config.total_ut_steps
@@ -156,6 +158,7 @@ class ChatRoom:
                 "seed": manner.seed,
                 "think": manner.think,
                 "q": manner.q,
+                "exit": str(self._rule),
                 "loops": written.depth,
                 "kv": manner.policy,
                 **written.report(self.opened.tokenizer),
@@ -186,7 +189,13 @@ class ChatRoom:
             raise wrong from None
         if q is not None and not 0.0 <= q <= 1.0:
             raise wrong
-        self.manner.q = q
+        self.manner.q, self.manner.exit = q, None
+        self._tell_loops()
+
+    def _set_rule(self, text: str) -> None:
+        if text:
+            named_rule(self.opened, text)  # which refuses what is no rule
+        self.manner.q, self.manner.exit = None, text or None
         self._tell_loops()
 
     def _set_loops(self, text: str) -> None:
@@ -202,12 +211,7 @@ class ChatRoom:
         self._tell_loops()
 
     def _tell_loops(self) -> None:
-        q, loops, config = self.manner.q, self.manner.loops, self.opened.config
-        if q is None and loops is not None:
-            self._say(f"{loops} loops for every token")
-        else:
-            threshold = config.early_exit_threshold if q is None else q
-            self._say(f"at most {loops or config.total_ut_steps} loops, q = {threshold:g}")
+        self._say(f"stopping by {self._rule}")
 
     def _inspect(self, rest: str) -> None:
         if self._last is None or not self._last.tokens:

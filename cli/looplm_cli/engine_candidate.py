@@ -9,7 +9,7 @@ from looplm import kernels, model
 from looplm.arrays import Array, Floats, Ints
 from looplm.calibration import Gate, gate_gradient
 from looplm.config import model_config_from_json
-from looplm.exits import LearnedGate, exit_index
+from looplm.exits import LearnedGate, bind, exit_index, make_rule
 from looplm.generation import Session
 from looplm.gradient import GradientWorkspace, gradient
 from looplm.kernels.product.select import PATHS, Path
@@ -112,6 +112,12 @@ class EngineCandidate:
 
     def exit_loop(self, exit_prob: Floats, exit_threshold: float) -> Ints:
         return kernels.exit_loop(exit_prob, exit_threshold)[0]
+
+    def rule_exit(self, tensors: Tensors, config: Config, rule: str, threshold: float, hidden: Floats) -> Ints:
+        loops, batch, length, width = hidden.shape
+        states, unused = hidden.reshape(loops, -1, width), np.zeros((loops, batch * length), np.float32)
+        bound = bind(make_rule(rule, threshold), self._weights(tensors, config))
+        return exit_index(bound, states, unused).reshape(batch, length)
 
     def greedy(
         self,

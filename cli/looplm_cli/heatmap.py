@@ -37,11 +37,15 @@ def print_inspection(report: dict[str, Any]) -> None:
             console.print(_line(places, position, loops, width), soft_wrap=True)
         console.print()
     key = f"number: probability of the {target} in percent, also the colour; bold: prediction right; "
-    console.print(Text(key + f"{MARK}: stops here at q = {report['q']:g}", style="dim"))
+    console.print(Text(key + f"{MARK}: stops here {_rule(report)}", style="dim"))
     console.print(_means(report))
     shares = [loop["exits"] for loop in report["by_loop"]]
-    console.print(Text(f"at q = {report['q']:g}: {report['mean_loops']:.2f} of {report['loops']} loops on average"))
+    console.print(Text(f"{_rule(report)}: {report['mean_loops']:.2f} of {report['loops']} loops on average"))
     console.print(Text(f"exits by loop: {exit_histogram(shares)}"))
+
+
+def _rule(report: dict[str, Any]) -> str:
+    return f"by {report['exit']}" if report["q"] is None else f"at q = {report['q']:g}"
 
 
 def _head(places: int, target: str, loops: range, width: int) -> Text:

@@ -88,3 +88,27 @@ def _run_held_out(model: Opened, length: int, batch_size: int) -> HeldOut:
     ids = load_tokens(path)
     size = len(model.tokenizer.decode(ids.tolist()).encode())
     return HeldOut(f"held-out text of {model.run}", list(windows(ids, batch_size, length)), size / len(ids))
+
+
+def halves(batches: "list[Batch]") -> "tuple[list[Batch], list[Batch]]":
+    """The first and the second half of all windows: one to fit on, one to judge on."""
+    middle, seen = sum(len(batch.input_ids) for batch in batches) // 2, 0
+    first: list[Batch] = []
+    second: list[Batch] = []
+    for batch in batches:
+        cut = min(max(middle - seen, 0), len(batch.input_ids))
+        seen += len(batch.input_ids)
+        for half, rows in ((first, slice(cut)), (second, slice(cut, None))):
+            if len(batch.input_ids[rows]):
+                half.append(batch.rows(rows))
+    return first, second
+
+
+def two_halves(data: HeldOut) -> "tuple[list[Batch], list[Batch]]":
+    """The same of data to measure on.  Raises: DataError if there are not two windows."""
+    first, second = halves(data.batches)
+    if not first or not second:
+        raise DataError(
+            f"{data.name} is too short: one half teaches the gate, the other judges it", "give a longer text"
+        )
+    return first, second

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from looplm.arrays import Ints
     from looplm.cache import KeyValueType, Policy
     from looplm.config import ModelConfig
+    from looplm.exits import ExitRule
     from looplm.model_files import ModelFiles
     from looplm.special_tokens import SpecialTokens
     from looplm.stored import StoredWeights
@@ -52,6 +53,22 @@ class Opened(Generic[W]):
     @property
     def trained_loops(self) -> int:
         return int(self.provenance.get("trained_loops") or self.config.total_ut_steps)
+
+    @property
+    def calibrated(self) -> dict[str, Any]:
+        """What `looplm calibrate` solved for, in `looplm.json`; empty if it did not, or it is not whole."""
+        found = self.provenance.get("exit")
+        thresholds = found.get("thresholds") if isinstance(found, dict) else None
+        if not isinstance(found, dict) or not isinstance(thresholds, dict):
+            return {}
+        whole = all(isinstance(threshold, int | float) for threshold in thresholds.values())
+        return found if whole and found.get("rule") in thresholds else {}
+
+    def loss_at_depth(self, loops: int) -> float | None:
+        """The held-out loss measured at a depth, if some command stored it in `looplm.json`."""
+        losses = self.provenance.get("loss_by_depth")
+        found = losses.get(str(loops)) if isinstance(losses, dict) else None
+        return float(found) if isinstance(found, int | float) else None
 
     def hops_alphabet(self) -> dict[str, int]:
         """The `alphabet` and `max_hops` arguments of the functions in looplm.tasks.hops."""
@@ -187,8 +204,113 @@ def check_loops(model: Opened, loops: int | None) -> int:
     if loops is None:
         return model.config.total_ut_steps
     if loops > model.trained_loops:
-        print_warning(f"{loops} loops are more than the {model.trained_loops} this model was trained with")
+        print_warning(
+            f"{loops} loops are more than the {model.trained_loops} this model was trained with" + _known(model, loops)
+        )
     return loops
+
+
+def _known(model: Opened, loops: int) -> str:
+    there, trained = model.loss_at_depth(loops), model.loss_at_depth(model.trained_loops)
+    if there is None or trained is None:
+        return f"; what they do is not known: looplm eval --max-loops {loops} --remember measures it"
+    verdict = "no better" if there >= trained else "better"
+    return (
+        f"; measured on held-out data they are {verdict}: loss {there:.4f}, after {model.trained_loops} {trained:.4f}"
+    )
+
+
+def exit_rule(
+    model: Opened, q: float | None, wish: str | None, *, loops: int | None, min_loops: int, depth: int | None = None
+) -> "ExitRule | None":
+    """The rule that --q, --exit, --min-loops and --loops (the most loops) ask for; None if they ask for nothing.
+
+    `depth` is how many loops will run, where that is not the model's own number.
+
+    Raises: UsageError for --q beside --exit, bounds that exclude each other, or a rule named without a threshold where
+    the model has none calibrated.
+    """
+    from looplm.errors import UsageError
+    from looplm.exits import LearnedGate, bind, choose_rule
+
+    if q is not None and wish is not None:
+        raise UsageError(
+            f"--q {q:g} and --exit {wish} both say when to stop", f"use one: --exit gate:{q:g} is --q {q:g}"
+        )
+    if loops is None:
+        _check_min_loops(min_loops, depth or model.config.total_ut_steps)
+    rule = LearnedGate(q) if q is not None else None if wish is None else named_rule(model, wish)
+    if rule is None and loops is None and min_loops == 1:
+        return None
+    default = default_rule(model)[0] or LearnedGate(model.config.early_exit_threshold)
+    return bind(choose_rule(rule, loops, default, min_loops), model.weights)
+
+
+DEFAULT_THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
+
+
+def exit_rules(model: Opened, q: list[float], wishes: list[str], min_loops: int = 1) -> "list[ExitRule]":
+    """The rules that several --q and --exit ask for, in that order; the usual thresholds if they ask for nothing.
+
+    They share what they read.  Raises: UsageError as `exit_rule`.
+    """
+    from looplm.exits import LearnedGate, Readout, bind, choose_rule
+
+    asked = [LearnedGate(value) for value in q or (() if wishes else DEFAULT_THRESHOLDS)]
+    found = [*asked, *(named_rule(model, wish) for wish in wishes)]
+    _check_min_loops(min_loops, model.config.total_ut_steps)
+    readout = Readout(model.weights.head)
+    return [bind(choose_rule(rule, None, rule, min_loops), readout) for rule in found]
+
+
+def _check_min_loops(min_loops: int, most: int) -> None:
+    from looplm.errors import UsageError
+
+    if min_loops > most:
+        raise UsageError(
+            f"--min-loops {min_loops} is more than the model's {most} loops",
+            f"use at most {most}, or more --loops where the command has it",
+        )
+
+
+def named_rule(model: Opened, wish: str) -> "ExitRule":
+    """The rule of one `--exit`; a name alone means the threshold calibrated for the model.
+
+    Raises: UsageError if there is none.
+    """
+    from looplm.errors import UsageError
+    from looplm.exits import bind, make_rule
+
+    name, colon, number = wish.partition(":")
+    if colon:
+        return bind(make_rule(name, float(number)), model.weights)
+    stored = model.calibrated.get("thresholds", {}).get(name)
+    if stored is None:
+        raise UsageError(
+            f"--exit {wish} names no threshold, and none is calibrated for {model.folder}",
+            f"write --exit {wish}:NUMBER, or calibrate: looplm calibrate --target-loops 2.5",
+        )
+    return bind(make_rule(name, float(stored)), model.weights)
+
+
+def default_rule(model: Opened) -> "tuple[ExitRule | None, str]":
+    """What calibration stored with the model as the way to stop, and a line that says so; None if it did not."""
+    if not model.calibrated:
+        return None, ""
+    rule = named_rule(model, str(model.calibrated["rule"]))
+    return rule, f"stopping by {rule}, calibrated for {model.calibrated.get('goal')}; --q 1 runs all loops"
+
+
+def chosen_rule(
+    model: Opened, q: float | None, wish: str | None, *, loops: int | None, min_loops: int
+) -> "tuple[ExitRule, str]":
+    """The rule asked for as in `exit_rule`, else the calibrated one and a line that says so, else the model's own q."""
+    from looplm.exits import LearnedGate
+
+    rule, told = exit_rule(model, q, wish, loops=loops, min_loops=min_loops), ""
+    if rule is None:
+        rule, told = default_rule(model)
+    return rule or LearnedGate(model.config.early_exit_threshold), told
 
 
 def thread_count(threads: int | None) -> int:

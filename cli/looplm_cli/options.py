@@ -37,6 +37,39 @@ def parse_thresholds(values: list[str]) -> list[float]:
     return found
 
 
+def parse_exit(value: str | None) -> str | None:
+    """An exit rule as `--exit` takes it, RULE:THRESHOLD, or RULE alone where the model's calibrated threshold is meant.
+
+    Raises: UsageError for an unknown rule or a threshold out of its range.
+    """
+    if value is None:
+        return None
+    from looplm.errors import UsageError
+    from looplm.exits import RULES, make_rule
+
+    name, colon, number = value.partition(":")
+    if not colon:
+        if name not in RULES or name == "fixed":
+            make_rule(name, math.nan)
+        return name
+    try:
+        threshold = float(number)
+    except ValueError:
+        raise UsageError(
+            f"--exit {value!r}: {number!r} is not a number", "write RULE:THRESHOLD, e.g. gate:0.7 or kl:0.01"
+        ) from None
+    make_rule(name, threshold)
+    return value
+
+
+def parse_exits(values: list[str] | None) -> list[str]:
+    """Several of them, in order, once each.  Raises: UsageError as parse_exit."""
+    found = [part.strip() for value in values or [] for part in value.split(",")]
+    for part in found:
+        parse_exit(part)
+    return list(dict.fromkeys(found))
+
+
 CorpusArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -70,13 +103,46 @@ QOption = Annotated[
         rich_help_panel=LOOPS,
     ),
 ]
+EXIT_HELP = (
+    "When a token stops. gate:Q as --q Q; change:E the loop changed the state by less than the share E of its length; "
+    "kl:E its prediction by less than E nats; top:P the best token has probability P; margin:M its logit leads by M; "
+    "stable:K it is the best since K loops; fixed:R after loop R. RULE alone: as calibrated."
+)
+ExitOption = Annotated[
+    str | None,
+    typer.Option(
+        "--exit",
+        metavar="RULE[:THRESHOLD]",
+        show_default=False,
+        callback=parse_exit,
+        help=EXIT_HELP,
+        rich_help_panel=LOOPS,
+    ),
+]
+ExitValuesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--exit",
+        metavar="RULE[:THRESHOLD][,...]",
+        show_default=False,
+        callback=parse_exits,
+        help=f"{EXIT_HELP} Give several with commas or by repeating the option.",
+        rich_help_panel=LOOPS,
+    ),
+]
+MinLoopsOption = Annotated[
+    int,
+    typer.Option(
+        "--min-loops", min=1, help="Loops a token takes at least, whatever its rule says.", rich_help_panel=LOOPS
+    ),
+]
 QValuesOption = Annotated[
     list[str] | None,
     typer.Option(
         "--q",
         "-q",
-        callback=lambda values: parse_thresholds(values or ["0.3,0.5,0.7,0.9"]),
-        show_default="0.3,0.5,0.7,0.9",
+        callback=lambda values: parse_thresholds(values) if values else [],
+        show_default="0.3,0.5,0.7,0.9 without --exit",
         metavar="Q[,Q...]",
         help="Exit thresholds to measure; give several with commas or by repeating the option.",
         rich_help_panel=LOOPS,

@@ -22,6 +22,7 @@ def inspection_report(model: Opened, found: "Inspection") -> dict[str, Any]:
         "loops": loops,
         "trained_loops": model.trained_loops,
         "q": finite(found.exit_threshold),
+        "exit": str(found.rule),
         "mean_loops": finite(found.mean_loops),
         "by_loop": [_loop_means(found, r) for r in range(loops)],
         "positions": [_position(model, found, s) for s in range(length)],

@@ -155,7 +155,8 @@ PARTS = (
     ("left padding.", "left-padded batch against single rows"),
     ("right padding.", "right-padded batch against single rows"),
     ("cached.", "cached decode against full forward, every prefix"),
-    ("exit_loop@", "exit rule"),
+    ("exit_loop@", "exit rule of the gate"),
+    ("exit_rule.", "exit rules by change, KL, probability, margin, stability"),
     ("stage1.", "Stage I loss and every gradient"),
     ("", "forward, layer by layer"),
 )

@@ -5,6 +5,7 @@ from .attention import attention_backward, attention_forward
 from .cross_entropy import cross_entropy_backward, cross_entropy_forward
 from .embedding import embedding_backward, embedding_forward
 from .exit_distribution import exit_distribution_backward, exit_distribution_forward, exit_loop
+from .exit_statistics import prediction_kl, relative_change, stable_loops, top_margin, top_probability
 from .gate import gate_backward, gate_forward
 from .linear import linear_backward, linear_forward
 from .objective import continue_target, stage1_backward, stage1_forward, stage2_backward, stage2_forward
@@ -34,16 +35,21 @@ __all__ = [
     "gradient_norm",
     "linear_backward",
     "linear_forward",
+    "prediction_kl",
+    "relative_change",
     "rmsnorm_backward",
     "rmsnorm_forward",
     "rmsnorm_residual_backward",
     "rmsnorm_residual_forward",
     "rope_backward",
     "rope_forward",
+    "stable_loops",
     "stage1_backward",
     "stage1_forward",
     "stage2_backward",
     "stage2_forward",
     "swiglu_backward",
     "swiglu_forward",
+    "top_margin",
+    "top_probability",
 ]

@@ -112,7 +112,8 @@ def stage2_backward(dobjective: Floats, gate_logit: Floats, continue_prob: Float
 def continue_target(
     loss: Floats, improvement_slope: float, improvement_threshold: float, target: str
 ) -> tuple[Floats, Floats]:
-    gain = np.maximum(loss[:-1] - loss[1:], 0.0)
+    later = np.minimum.accumulate(loss[:0:-1])[::-1] if target == "best-later" else loss[1:]
+    gain = np.maximum(loss[:-1] - later, 0.0)
     with np.errstate(over="ignore"):
         wanted = 1.0 / (1.0 + np.exp(-improvement_slope * (gain - improvement_threshold)))
     continue_prob, counted = np.zeros(loss.shape, loss.dtype), np.zeros(loss.shape[0], loss.dtype)

@@ -91,6 +91,7 @@ DRAWS: dict[str, Draw] = {
     "exit_prob": _exit_probs,
     "continue_prob": lambda rng, dims: rng.random((dims["R"], dims["B"], dims["S"])),
     "counted": _counted,
+    "best": lambda rng, dims: rng.integers(0, 2, (dims["R"], dims["B"], dims["S"])),
     "second_moment": lambda rng, dims: rng.random(dims["N"]),
 }
 
@@ -117,9 +118,14 @@ OPS: dict[str, tuple[Case, ...]] = {
     "gate": (Case(),),
     "exit_distribution": (Case(), Case({"gate_logit": _saturated})),
     "exit_loop": tuple(Case({"exit_threshold": q}) for q in (0.0, 0.5, 0.7, 1.0)),
+    "relative_change": (Case(),),
+    "prediction_kl": (Case(), Case({"before": _large_logits, "logits": _large_logits}, LARGE)),
+    "top_probability": (Case(), Case({"logits": _large_logits}, LARGE)),
+    "top_margin": (Case(),),
+    "stable_loops": (Case(),),
     "cross_entropy": (Case(), Case({"logits": _large_logits}, LARGE)),
     "stage1": (Case({"entropy_weight": 0.3}), Case({"entropy_weight": 0.3, "gate_logit": _saturated})),
-    "continue_target": tuple(Case({"target": kind, **_STAGE2}) for kind in ("paper", "look-ahead")),
+    "continue_target": tuple(Case({"target": kind, **_STAGE2}) for kind in ("paper", "look-ahead", "best-later")),
     "stage2": (Case(),),
     "gradient_norm": (Case(),),
     "adamw_update": tuple(Case({"step": step, **_ADAMW}) for step in (1, 3)),

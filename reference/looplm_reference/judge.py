@@ -10,6 +10,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from . import exits
 from .contract import Row, relative_error
 from .model import LoopLM, Taps
 from .ops import Array
@@ -86,6 +87,8 @@ class Candidate(Protocol):
 
     def exit_loop(self, exit_prob: Array, exit_threshold: float) -> Array: ...
 
+    def rule_exit(self, tensors: Tensors, config: Config, rule: str, threshold: float, hidden: Array) -> Array: ...
+
 
 class ReferenceCandidate:
     """The reference itself, or a wrong version of it, in the candidate's seat."""
@@ -119,6 +122,9 @@ class ReferenceCandidate:
 
     def exit_loop(self, exit_prob: Array, exit_threshold: float) -> Array:
         return self.model.exit_loop(exit_prob, exit_threshold)
+
+    def rule_exit(self, tensors: Tensors, config: Config, rule: str, threshold: float, hidden: Array) -> Array:
+        return self.model(tensors, config).rule_exit(rule, threshold, hidden)
 
 
 def tensor_shapes(config: Config) -> dict[str, tuple[int, ...]]:
@@ -251,6 +257,13 @@ def _judge_exit(candidate: Candidate, trial: _Trial) -> Iterator[Comparison]:
     prob = trial.out["exit_prob"].astype(np.float32)
     for q in THRESHOLDS:
         yield f"exit_loop@{q:g}", LoopLM.exit_loop(prob, q), candidate.exit_loop(prob, q)
+    hidden, model = trial.out["hidden"].astype(np.float32), LoopLM(trial.tensors, trial.config)
+    for rule in exits.RULES:
+        value = model.exit_statistic(rule, hidden.astype(np.float64))
+        for threshold in (1.0, 2.0, 3.0) if rule == "stable" else (0.0, exits.between(value)):
+            expected = exits.exit_loop(rule, threshold, value)
+            found = candidate.rule_exit(trial.tensors, trial.config, rule, threshold, hidden)
+            yield f"exit_rule.{rule}@{threshold:.3g}", expected, found
 
 
 def _judge_cache(candidate: Candidate, trial: _Trial) -> Iterator[Comparison]:

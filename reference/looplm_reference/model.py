@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import ops
+from . import exits, ops
 from .ops import Array
 
 Taps = list[tuple[str, Array]]
@@ -235,6 +235,14 @@ class LoopLM:
     @staticmethod
     def exit_loop(exit_prob: Array, exit_threshold: float) -> Array:
         return ops.exit_loop(exit_prob, exit_threshold)[0]
+
+    def exit_statistic(self, rule: str, hidden: Array) -> Array:
+        """hidden: RBSD -> RBS, as looplm_reference.exits defines it."""
+        return exits.statistic(rule, hidden, self.logits(hidden))
+
+    def rule_exit(self, rule: str, threshold: float, hidden: Array) -> Array:
+        """hidden: RBSD -> BS."""
+        return exits.exit_loop(rule, threshold, self.exit_statistic(rule, hidden))
 
     def logits(self, hidden: Array) -> Array:
         """RBSD -> RBSV: the same head reads every loop's state."""

@@ -90,6 +90,46 @@ class _ExitLate(LoopLM):
         return np.minimum(LoopLM.exit_loop(exit_prob, exit_threshold) + 1, len(exit_prob) - 1)
 
 
+class _RuleLate(LoopLM):
+    def rule_exit(self, rule: str, threshold: float, hidden: Array) -> Array:
+        return np.minimum(super().rule_exit(rule, threshold, hidden) + 1, len(hidden) - 1)
+
+
+class _ChangeUnscaled(LoopLM):
+    def exit_statistic(self, rule: str, hidden: Array) -> Array:
+        size = np.linalg.norm(hidden, axis=-1) if rule == "change" else 1.0
+        return super().exit_statistic(rule, hidden) * size
+
+
+class _KLReversed(LoopLM):
+    def exit_statistic(self, rule: str, hidden: Array) -> Array:
+        value, logits = super().exit_statistic(rule, hidden), self.logits(hidden)
+        for r in range(1, len(hidden) if rule == "kl" else 1):
+            (value[r],) = ops.prediction_kl(logits[r], logits[r - 1])
+        return value
+
+
+class _TopLogit(LoopLM):
+    def exit_statistic(self, rule: str, hidden: Array) -> Array:
+        return self.logits(hidden).max(-1) if rule == "top" else super().exit_statistic(rule, hidden)
+
+
+class _MarginOfProbabilities(LoopLM):
+    def exit_statistic(self, rule: str, hidden: Array) -> Array:
+        if rule != "margin":
+            return super().exit_statistic(rule, hidden)
+        logits = self.logits(hidden)
+        prob = np.sort(np.exp(logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)), axis=-1)
+        return prob[..., -1] - prob[..., -2]
+
+
+class _StableOneLong(LoopLM):
+    """Counts the changes that did not happen instead of the loops that agree."""
+
+    def exit_statistic(self, rule: str, hidden: Array) -> Array:
+        return super().exit_statistic(rule, hidden) - (rule == "stable")
+
+
 class _NoRemainder(LoopLM):
     def exit_distribution(self, gate_logit: Array) -> Array:
         exit_prob = super().exit_distribution(gate_logit)
@@ -144,6 +184,12 @@ MODEL_MUTANTS = (
     ModelMutant("query heads read the wrong group", _WrongGroup, "grouped: loop1.layer1.attention"),
     ModelMutant("last loop does not take the remainder", _NoRemainder, "grouped: exit_prob"),
     ModelMutant("exit off by one", _ExitLate, "grouped: exit_loop@0"),
+    ModelMutant("exit rule a loop late", _RuleLate, "grouped: exit_rule.change@0.794"),
+    ModelMutant("change of the state not relative", _ChangeUnscaled, "grouped: exit_rule.change@0.794"),
+    ModelMutant("KL the other way round", _KLReversed, "grouped: exit_rule.kl@0.255"),
+    ModelMutant("logit taken for its probability", _TopLogit, "grouped: exit_rule.top@0.175"),
+    ModelMutant("margin of probabilities", _MarginOfProbabilities, "grouped: exit_rule.margin@0.567"),
+    ModelMutant("stable one loop late", _StableOneLong, "grouped: exit_rule.stable@1"),
     ModelMutant("key/value slot of the wrong loop", _OneSlotForAllLoops, "grouped: cached.prefix2.loop1.hidden"),
     ModelMutant("padding is seen", _PaddingSeen, "grouped: left padding.loop1.layer1.attention"),
     ModelMutant("positions off by one under padding", _PositionsOffByOne, "grouped: left padding.loop1.layer1.q"),

@@ -123,6 +123,28 @@ def _gain_below_zero(given: Given, result: Result) -> Result:
     return wish, result[1]
 
 
+def _gain_of_the_last_loop(given: Given, result: Result) -> Result:
+    if given["target"] != "best-later":
+        return result
+    gain = np.maximum(given["loss"][:-1] - given["loss"][-1], 0.0) - given["improvement_threshold"]
+    wish = np.zeros_like(result[0])
+    wish[:-1] = ops.sigmoid(given["improvement_slope"] * gain)
+    return wish, result[1]
+
+
+def _margin_of_probabilities(given: Given, result: Result) -> Result:
+    logits = given["logits"]
+    prob = np.exp(logits - ops.cross_entropy_forward(logits, np.zeros(logits.shape[:-1], int))[1][..., None])
+    ordered = np.sort(prob, axis=-1)
+    return (ordered[..., -1] - ordered[..., -2],)
+
+
+def _second_best(given: Given) -> Given:
+    logits = given["logits"].copy()
+    np.put_along_axis(logits, logits.argmax(-1)[..., None], -np.inf, axis=-1)
+    return {"logits": logits}
+
+
 def _input_overwritten(given: Given, result: Result) -> Result:
     given["gate"][...] = result[0]
     return result
@@ -229,6 +251,20 @@ OP_MUTANTS = (
     OpMutant(
         "a threshold of 1 exits early", "exit_loop", lambda g: {"exit_threshold": min(g["exit_threshold"], 1 - 1e-9)}
     ),
+    OpMutant(
+        "measured against the state before",
+        "relative_change",
+        outputs=lambda g, out: ops.relative_change(g["hidden"], g["before"]),
+    ),
+    OpMutant("KL the other way round", "prediction_kl", lambda g: {"before": g["logits"], "logits": g["before"]}),
+    OpMutant("probability of the second best", "top_probability", _second_best),
+    OpMutant("margin of probabilities", "top_margin", outputs=_margin_of_probabilities),
+    OpMutant("one loop too many", "stable_loops", outputs=lambda g, out: (out[0] + 1,)),
+    OpMutant(
+        "agreement with the first loop",
+        "stable_loops",
+        lambda g: {"best": np.ascontiguousarray(g["best"][::-1])},
+    ),
     OpMutant("maximum not subtracted", "cross_entropy_forward", outputs=_no_maximum),
     OpMutant("target -1 counted", "cross_entropy_backward", lambda g: {"target": np.maximum(g["target"], 0)}),
     OpMutant("entropy with the wrong sign", "stage1_forward", lambda g: {"entropy_weight": -g["entropy_weight"]}),
@@ -238,6 +274,7 @@ OP_MUTANTS = (
         "continue_target",
         lambda g: {"target": "look-ahead" if g["target"] == "paper" else "paper"},
     ),
+    OpMutant("the last loop's gain for the best later one", "continue_target", outputs=_gain_of_the_last_loop),
     OpMutant("improvement below zero", "continue_target", outputs=_gain_below_zero),
     OpMutant("a gate without label counted", "stage2_forward", lambda g: {"counted": np.ones_like(g["counted"])}),
     OpMutant("continue taken for stop", "stage2_backward", lambda g: {"continue_prob": 1 - g["continue_prob"]}),

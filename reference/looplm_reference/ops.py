@@ -15,6 +15,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .exits import prediction_kl as prediction_kl
+from .exits import relative_change as relative_change
+from .exits import stable_loops as stable_loops
+from .exits import top_margin as top_margin
+from .exits import top_probability as top_probability
+
 Array = npt.NDArray[Any]
 
 
@@ -321,10 +327,12 @@ def continue_target(
     Source: Section 3.4 (Eq. 5-6): slope 50, threshold 0.005 nats, improvement = max(0, loss before - loss after).
     "paper": gates 2..R, by what loop r itself gained over loop r - 1; the first gate has no label, and the last is
     trained though nothing reads it.  "look-ahead": gates 1..R-1, by what loop r + 1 will gain over loop r, the
-    question a gate really decides.  The paper lets a label near 0 recommend to stop, but improvement is never negative:
+    question a gate really decides.  "best-later": the same gates, by what the best of all later loops will gain over
+    loop r.  The paper lets a label near 0 recommend to stop, but improvement is never negative:
     the label never falls below sigmoid(-0.25) = 0.44, nor does the best hazard rise above 0.56.  `counted` is 1 or 0.
     """
-    gain = np.maximum(loss[:-1] - loss[1:], 0.0)
+    later = np.minimum.accumulate(loss[:0:-1])[::-1] if target == "best-later" else loss[1:]
+    gain = np.maximum(loss[:-1] - later, 0.0)
     gates = slice(1, None) if target == "paper" else slice(None, -1)
     continue_prob, counted = np.zeros_like(loss), np.zeros(loss.shape[0], loss.dtype)
     continue_prob[gates], counted[gates] = sigmoid(improvement_slope * (gain - improvement_threshold)), 1.0

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from looplm_cli.options import (
+    LOOPS,
     CorpusArgument,
     EncodingOption,
     ErrorsOption,
@@ -18,7 +19,6 @@ from looplm_cli.options import (
 
 if TYPE_CHECKING:
     from looplm.calibration import Contest, Gate, GateMeasure
-    from looplm.data import Batch
     from looplm_cli.held_out import HeldOut
     from looplm_cli.inputs import Opened
 
@@ -30,13 +30,42 @@ def calibrate(
         str,
         typer.Option(
             "--target",
-            help="What teaches the gate to go on. paper: this loop just helped; look-ahead: the next will help.",
+            help="What teaches the gate to go on. paper: this loop just helped; look-ahead: the next will help; "
+            "best-later: some later loop will help.",
         ),
     ] = "look-ahead",
     accept: Annotated[
-        str, typer.Option("--accept", help="Which gate stays. better: the one that loses less; always: the new one.")
+        str,
+        typer.Option(
+            "--accept",
+            help="Which gate stays. better: the one that loses less; always: the new one; never: the old one, for "
+            "thresholds alone.",
+        ),
     ] = "better",
-    undo: Annotated[bool, typer.Option("--undo", help="Put the gate from before the last calibration back.")] = False,
+    target_loops: Annotated[
+        float | None,
+        typer.Option(
+            "--target-loops",
+            callback=finite,
+            show_default=False,
+            help="Solve for the threshold, of each exit rule, that takes so many loops on average, and store it.",
+            rich_help_panel=LOOPS,
+        ),
+    ] = None,
+    max_loss_increase: Annotated[
+        str | None,
+        typer.Option(
+            "--max-loss-increase",
+            metavar="SHARE",
+            show_default=False,
+            help="Solve for the threshold that loops least while the loss is at most so much above that of all loops, "
+            "e.g. 1%.",
+            rich_help_panel=LOOPS,
+        ),
+    ] = None,
+    undo: Annotated[
+        bool, typer.Option("--undo", help="Put gate and thresholds from before the last calibration back.")
+    ] = False,
     steps: Annotated[int, typer.Option("--steps", min=1, help="Updates of the gate.")] = 400,
     learning_rate: Annotated[
         float, typer.Option("--learning-rate", min=1e-8, callback=finite, help="Of the gate's updates, at the start.")
@@ -54,16 +83,25 @@ def calibrate(
     lowered the loss (Stage II), and is judged on the other half against the gate it would replace: which one loses less
     at the same mean number of loops? The old gate stays beside the new one.
 
+    With a goal, the thresholds of all exit rules that reach it are solved for on the first half, checked on the other,
+    and stored with the model: generate then stops by the gate's, and --exit RULE by another's.
+
+    [bold]looplm calibrate --target-loops 2.5[/bold] finds the q that takes two and a half loops on average.
+
     [bold]looplm calibrate --target paper --accept always[/bold] takes the paper's gate whatever the contest says.
     """
+    from looplm.calibration import Gate
     from looplm.checkpoint import swap_gate, undo_gate
     from looplm.errors import UsageError
+    from looplm_cli.held_out import two_halves
     from looplm_cli.inputs import open_model
     from looplm_cli.render import print_json, say
+    from looplm_cli.thresholds import losses_by_depth, parse_goal, solve_thresholds, verdict
 
-    if accept not in ("better", "always"):
-        raise UsageError(f"--accept {accept!r} is not known", "use better or always")
+    if accept not in ("better", "always", "never"):
+        raise UsageError(f"--accept {accept!r} is not known", "use better, always or never")
     opened = open_model(model)
+    goal = parse_goal(opened, target_loops, max_loss_increase)
     if undo:
         undo_gate(opened.folder)
         say(f"the previous gate of {opened.folder} is back")
@@ -74,16 +112,24 @@ def calibrate(
         raise UsageError(f"{opened.folder} has one loop: there is no exit to learn", "train with --loops 2 or more")
 
     new, found, data = _contest(opened, corpus, target, steps, learning_rate, seed, encoding, errors, threads)
-    taken = found.new_wins or accept == "always"
+    taken = accept == "always" or (accept == "better" and found.new_wins)
     report = _report(opened, data, found, target, taken)
     report |= _by_hop(opened, data, new, threads)
-    if taken:
-        swap_gate(opened.folder, new.weight, new.bias, {"stage": 2, "gate": f"Stage II, target {target}"})
+    gate = new if taken else Gate(opened.weights.gate_weight, opened.weights.gate_bias)
+    if taken or goal is not None:
+        changes: dict[str, Any] = {"stage": 2, "gate": f"Stage II, target {target}"} if taken else {}
+        changes["exit"] = None  # thresholds of another gate mean nothing
+        changes["loss_by_depth"] = losses_by_depth(opened, two_halves(data)[1], threads)
+        if goal is not None:
+            report["exit"] = changes["exit"] = solve_thresholds(opened, gate, two_halves(data), goal, threads)
+        swap_gate(opened.folder, gate.weight, gate.bias, changes)
     if as_json:
         print_json(report)
     elif not quiet:
         _print(report)
     say(_verdict(found, accept, taken))
+    if goal is not None:
+        say(verdict(report["exit"]))
 
 
 def _contest(
@@ -98,39 +144,19 @@ def _contest(
     threads: int | None,
 ) -> "tuple[Gate, Contest, HeldOut]":
     from looplm.calibration import CalibrateConfig, Gate, contest, fit_gate, observe
-    from looplm.errors import DataError
     from looplm.objectives import StageTwo
-    from looplm_cli.held_out import held_out
+    from looplm_cli.held_out import held_out, two_halves
     from looplm_cli.inputs import thread_count
 
     objective = StageTwo(target=target)
     config = CalibrateConfig(steps=steps, learning_rate=learning_rate, seed=seed)
     data = held_out(opened, corpus or [], None, 16, encoding, errors)
-    halves = _halves(data.batches)
-    if not all(halves):
-        raise DataError(
-            f"{data.name} is too short: one half teaches the gate, the other judges it", "give a longer text"
-        )
-    teach, judge = (observe(opened.weights, part, config.teaching_tokens, thread_count(threads)) for part in halves)
+    teach, judge = (
+        observe(opened.weights, part, config.teaching_tokens, thread_count(threads)) for part in two_halves(data)
+    )
     old = Gate(opened.weights.gate_weight, opened.weights.gate_bias)
     new = fit_gate(old, teach, objective, config)
     return new, contest(old, new, judge), data
-
-
-def _halves(batches: "list[Batch]") -> "tuple[list[Batch], list[Batch]]":
-    """The first and the second half of all windows."""
-    from looplm.data import Batch
-
-    middle, seen = sum(len(batch.input_ids) for batch in batches) // 2, 0
-    first: list[Batch] = []
-    second: list[Batch] = []
-    for batch in batches:
-        cut = min(max(middle - seen, 0), len(batch.input_ids))
-        seen += len(batch.input_ids)
-        for half, rows in ((first, slice(cut)), (second, slice(cut, None))):
-            if len(batch.input_ids[rows]):
-                half.append(Batch(batch.input_ids[rows], batch.target[rows]))
-    return first, second
 
 
 def _verdict(found: "Contest", accept: str, taken: bool) -> str:
@@ -142,6 +168,8 @@ def _verdict(found: "Contest", accept: str, taken: bool) -> str:
         why = f"between {low:.2f} and {high:.2f} mean loops the new gate loses {abs(found.advantage):.4f} nats {more}"
     if taken and not found.new_wins:
         return f"taking the new gate as asked (--accept always), although {why}"
+    if accept == "never" and found.new_wins:
+        return f"keeping the old gate as asked (--accept never), although {why}"
     return f"{'keeping the new gate' if taken else 'keeping the old gate'}: {why}"
 
 
@@ -200,6 +228,10 @@ def _print(report: dict[str, Any]) -> None:
         for old, new in zip(before["thresholds"], after["thresholds"], strict=True)
     ]
     print_table(["mean loops and loss", "old gate", "new gate"], rows)
+    if "exit" in report:
+        from looplm_cli.thresholds import print_thresholds
+
+        print_thresholds(report["exit"])
     if "hops_before" not in report:
         return
     rows = [

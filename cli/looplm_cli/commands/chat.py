@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looplm_cli.options import (
+    ExitOption,
     JsonOption,
     KvDtypeOption,
     KvOption,
     LoopsOption,
     MaxNewTokensOption,
+    MinLoopsOption,
     MinPOption,
     ModelOption,
     QOption,
@@ -42,6 +44,8 @@ def chat(
         ),
     ] = None,
     q: QOption = None,
+    exit: ExitOption = None,
+    min_loops: MinLoopsOption = 1,
     loops: LoopsOption = None,
     temperature: TemperatureOption = 0.8,
     top_k: TopKOption = 0,
@@ -73,12 +77,14 @@ def chat(
     from looplm.generation import useful_threads
     from looplm.sampling import Sampling
     from looplm_cli.chat_room import ChatRoom, Manner
-    from looplm_cli.inputs import check_loops, key_value_policy, key_value_type, open_stored, refuse_task
-    from looplm_cli.render import print_warning
+    from looplm_cli.inputs import check_loops, chosen_rule, key_value_policy, key_value_type, open_stored, refuse_task
+    from looplm_cli.render import print_warning, say
 
     cache_dtype = key_value_type(kv_dtype)
     manner = Manner(
         q=q,
+        exit=exit,
+        min_loops=min_loops,
         loops=loops,
         policy=key_value_policy(kv),
         sampling=Sampling(
@@ -98,6 +104,9 @@ def chat(
 
     opened = open_stored(model, weights, accept)
     check_loops(opened, loops)
+    _, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
+    if told and not quiet:
+        say(told)
     ends, warnings = stop_ids(opened.folder, opened.special_tokens, opened.tokenizer, templates[0])
     for warning in warnings:
         print_warning(warning)

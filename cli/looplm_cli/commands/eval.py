@@ -10,7 +10,9 @@ from looplm_cli.options import (
     CorpusArgument,
     EncodingOption,
     ErrorsOption,
+    ExitValuesOption,
     JsonOption,
+    MinLoopsOption,
     ModelOption,
     QuietOption,
     QValuesOption,
@@ -18,7 +20,7 @@ from looplm_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from looplm.analysis import Evaluation
+    from looplm.analysis import AtRule, Evaluation
     from looplm.data import Batch
     from looplm_cli.held_out import HeldOut
     from looplm_cli.inputs import Opened
@@ -37,7 +39,17 @@ def eval(
             rich_help_panel=LOOPS,
         ),
     ] = None,
+    remember: Annotated[
+        bool,
+        typer.Option(
+            "--remember",
+            help="Write the loss at each depth into the model's looplm.json, for the warnings of other commands.",
+            rich_help_panel=LOOPS,
+        ),
+    ] = False,
     q: QValuesOption = None,
+    exit: ExitValuesOption = None,
+    min_loops: MinLoopsOption = 1,
     seq_len: Annotated[
         int | None, typer.Option("--seq-len", min=2, show_default="as trained", help="Tokens of context per window.")
     ] = None,
@@ -51,26 +63,26 @@ def eval(
     """Measure loss, bits per byte and accuracy at every depth and exit threshold.
 
     On the corpus given, or on what the run held out. The first table reads every token after loop 1, 2, ...; the second
-    lets each token stop where the gate's threshold q says, and shows what that costs in loops.
+    lets each token stop where the gate's threshold q says, or another rule (--exit), and shows what that costs.
 
     [bold]looplm eval --max-loops 8[/bold] shows whether looping on beyond training helps or harms.
     """
     from looplm import analysis
     from looplm_cli.held_out import held_out
-    from looplm_cli.inputs import check_loops, open_model, thread_count
+    from looplm_cli.inputs import check_loops, exit_rules, open_model, thread_count
     from looplm_cli.render import print_json
 
     opened = open_model(model)
     depth = check_loops(opened, max_loops)
     data = held_out(opened, corpus or [], seq_len, batch_size, encoding, errors)
-    thresholds = [float(value) for value in q or []]
+    rules = exit_rules(opened, [float(value) for value in q or []], exit or [], min_loops)
 
     def measure(batches: "Iterable[Batch]") -> "Evaluation":
         return analysis.evaluate(
             opened.weights,
             batches,
             max_loops=depth,
-            exit_thresholds=thresholds,
+            rules=rules,
             bytes_per_token=data.bytes_per_token,
             threads=thread_count(threads),
         )
@@ -78,10 +90,21 @@ def eval(
     found = measure(_watched(data.batches, quiet))
     by_hop = {hops: measure(_rows_with(data.batches, hops)) for hops in range(1, data.max_hops + 1)}
     report = _report(opened, data, found, by_hop)
+    if remember:
+        _remember(opened, report)
     if json:
         print_json(report)
     else:
         _print(report)
+
+
+def _remember(opened: "Opened", report: dict[str, Any]) -> None:
+    from looplm.checkpoint import add_provenance
+    from looplm_cli.render import say
+
+    losses = {str(depth["loops"]): depth["loss"] for depth in report["depths"]}
+    add_provenance(opened.folder, {"loss_by_depth": losses})
+    say(f"the losses by depth are written into {opened.folder}")
 
 
 def _watched(batches: "list[Batch]", quiet: bool) -> "Iterator[Batch]":
@@ -132,7 +155,8 @@ def _report(model: "Opened", data: "HeldOut", found: "Evaluation", by_hop: "dict
         ],
         "thresholds": [
             {
-                "q": at.exit_threshold,
+                "q": _threshold(at),
+                "exit": str(at.rule),
                 "mean_loops": at.mean_loops,
                 "loss": finite(at.loss),
                 "bits_per_byte": bits(at.loss),
@@ -148,12 +172,29 @@ def _report(model: "Opened", data: "HeldOut", found: "Evaluation", by_hop: "dict
                 "hops": hops,
                 "accuracy": part.accuracy.tolist(),
                 "thresholds": [
-                    {"q": at.exit_threshold, "mean_loops": at.mean_loops, "accuracy": at.accuracy} for at in part.at
+                    {
+                        "q": _threshold(at),
+                        "exit": str(at.rule),
+                        "mean_loops": at.mean_loops,
+                        "accuracy": at.accuracy,
+                    }
+                    for at in part.at
                 ],
             }
             for hops, part in by_hop.items()
         ]
     return report
+
+
+def _threshold(at: "AtRule") -> float | None:
+    """q, where the gate alone decides."""
+    from looplm.exits import LearnedGate
+
+    return at.rule.exit_threshold if isinstance(at.rule, LearnedGate) else None
+
+
+def _rule(at: dict[str, Any]) -> str:
+    return str(at["exit"]) if at["q"] is None else f"q = {at['q']:g}"
 
 
 def _print(report: dict[str, Any]) -> None:
@@ -179,7 +220,7 @@ def _print(report: dict[str, Any]) -> None:
     print_table(["loops", "loss", "bits/byte", "accuracy", "exit prob"], rows)
     rows = [
         [
-            f"q = {at['q']:g}",
+            _rule(at),
             f"{at['mean_loops']:.2f}",
             number(at["loss"]),
             number(at["bits_per_byte"]),
@@ -201,7 +242,7 @@ def _print_hops(report: dict[str, Any]) -> None:
     print_table(
         ["accuracy", *depths], [[name, *(f"{share:.3f}" for share in part["accuracy"])] for name, part in named]
     )
-    thresholds = [f"q = {at['q']:g}" for at in report["thresholds"]]
+    thresholds = [_rule(at) for at in report["thresholds"]]
     rows = [
         [name, *(f"{at['mean_loops']:.2f}  {at['accuracy']:.3f}" for at in part["thresholds"])] for name, part in named
     ]

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looplm_cli.options import (
+    ExitOption,
     JsonOption,
     KvDtypeOption,
     KvOption,
     LoopsOption,
     MaxNewTokensOption,
+    MinLoopsOption,
     MinPOption,
     ModelOption,
     PromptOption,
@@ -33,6 +35,8 @@ def generate(
     model: ModelOption = None,
     prompt: PromptOption = None,
     q: QOption = None,
+    exit: ExitOption = None,
+    min_loops: MinLoopsOption = 1,
     loops: LoopsOption = None,
     temperature: TemperatureOption = 0.8,
     top_k: TopKOption = 0,
@@ -55,9 +59,10 @@ def generate(
     """Continue a prompt, looping only as often as each token needs.
 
     The text goes to stdout as it is written; afterwards stderr tells how many loops the tokens took. With --q, a token
-    stops at the first loop whose exit probabilities add up to q (without it, the model's own threshold, usually 1: all
-    loops); --loops alone is a fixed depth, with --q the most loops a token may take. The prompt itself always runs all
-    loops. Without a prompt the model starts a new document.
+    stops at the first loop whose exit probabilities add up to q; --exit names other rules. Without either it is what
+    looplm calibrate stored, or else the model's own threshold, usually 1: all loops. --loops alone is a fixed depth,
+    with a rule the most loops a token may take. The prompt itself always runs all loops. Without a prompt the model
+    starts a new document.
 
     [bold]looplm generate -p "The with statement" --q 0.7 -n 200[/bold]
     """
@@ -65,9 +70,16 @@ def generate(
 
     from looplm import generation
     from looplm.chat_template import stop_ids
-    from looplm.exits import choose_rule
     from looplm.sampling import Sampling
-    from looplm_cli.inputs import check_loops, key_value_policy, key_value_type, open_stored, read_prompt, refuse_task
+    from looplm_cli.inputs import (
+        check_loops,
+        chosen_rule,
+        key_value_policy,
+        key_value_type,
+        open_stored,
+        read_prompt,
+        refuse_task,
+    )
     from looplm_cli.render import print_json, print_warning, say
     from looplm_cli.written import Written
 
@@ -78,11 +90,13 @@ def generate(
     guard = generation.StopStrings(stop or [])
     opened = open_stored(model, weights)
     refuse_task(opened)
-    check_loops(opened, loops)
     text = "" if prompt is None else read_prompt(prompt)
     prompt_ids = _prompt_ids(opened, text)
     own_loops = opened.config.total_ut_steps
-    rule = choose_rule(q, loops, opened.config.early_exit_threshold)
+    rule, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
+    if told and not quiet:
+        say(told)
+    check_loops(opened, None if rule.deepest(own_loops) == own_loops else rule.deepest(own_loops))
     ends, warnings = stop_ids(opened.folder, opened.special_tokens, opened.tokenizer)
     for warning in warnings:
         print_warning(warning)
@@ -117,7 +131,8 @@ def generate(
         say(written.summary())
     if as_json:
         settings = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(prompt_ids.size), "seed": seed}
-        print_json({**settings, "q": q, "loops": written.depth, "kv": kv, **written.report(opened.tokenizer)})
+        settings |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": kv}
+        print_json({**settings, **written.report(opened.tokenizer)})
 
 
 def _prompt_ids(opened: "Opened", text: str) -> "Ints":

@@ -5,7 +5,17 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from looplm_cli.options import OUTPUT, JsonOption, LoopsOption, ModelOption, PromptOption, QOption, ThreadsOption
+from looplm_cli.options import (
+    OUTPUT,
+    ExitOption,
+    JsonOption,
+    LoopsOption,
+    MinLoopsOption,
+    ModelOption,
+    PromptOption,
+    QOption,
+    ThreadsOption,
+)
 
 if TYPE_CHECKING:
     from looplm.arrays import Ints
@@ -17,7 +27,9 @@ SAMPLE_TOKENS = 24  # shown when no prompt is given
 def inspect(
     model: ModelOption = None,
     prompt: PromptOption = None,
-    q: QOption = 0.7,
+    q: QOption = None,
+    exit: ExitOption = None,
+    min_loops: MinLoopsOption = 1,
     loops: LoopsOption = None,
     top_k: Annotated[int, typer.Option("--top-k", min=1, help="Best predictions kept per cell.")] = 5,
     html: Annotated[
@@ -39,9 +51,9 @@ def inspect(
     """Look inside the loops: what each loop predicts, and where it would stop.
 
     One line per token, one cell per loop: the best prediction, the probability of the true next token (number and
-    colour), and a mark where threshold q stops. Below: per loop the mean loss, gate, exit probability, how much of the
-    state changed, and how far the prediction is from the last loop's. On a model of a task such as hops the task's
-    targets take the place of the next token.
+    colour), and a mark where the exit rule stops (--q 0.7 unless --q or --exit says otherwise). Below: per loop the
+    mean loss, gate, exit probability, how much of the state changed, and how far the prediction is from the last
+    loop's. On a model of a task such as hops the task's targets take the place of the next token.
 
     Without a prompt it shows the beginning of the run's held-out text, or a sequence of the task.
 
@@ -49,19 +61,22 @@ def inspect(
     """
     from looplm import analysis
     from looplm.atomic import replace_files
+    from looplm.exits import LearnedGate
     from looplm_cli.heatmap import print_inspection
-    from looplm_cli.inputs import check_loops, encode_prompt, open_stored, read_prompt, thread_count
+    from looplm_cli.inputs import check_loops, encode_prompt, exit_rule, open_stored, read_prompt, thread_count
     from looplm_cli.render import print_json, say
     from looplm_cli.report import inspection_report
 
     opened = open_stored(model, None)
     depth = check_loops(opened, loops)
+    asked = q is not None or exit is not None
+    rule = exit_rule(opened, q if asked else 0.7, exit, loops=None, min_loops=min_loops, depth=depth)
     input_ids = _sample(opened) if prompt is None else encode_prompt(opened, read_prompt(prompt))
     found = analysis.inspect(
         opened.weights,
         input_ids,
         _targets(opened, input_ids),
-        exit_threshold=0.7 if q is None else q,
+        rule=rule or LearnedGate(0.7),
         top_k=top_k,
         loops=depth,
         threads=thread_count(threads),

@@ -19,6 +19,7 @@ const mean = (values) => (values.length ? values.reduce((sum, value) => sum + va
 
 // float32 probabilities summed in float64, as the engine does it, so that page and command agree to the last bit.
 function exitLoop(position, q) {
+  if (report.q === null) return position.exit_loop; // another rule than the gate's: nothing to slide
   if (q >= 1) return R;
   let sum = 0;
   const first = position.loops.findIndex((loop) => (sum += Math.fround(loop.exit_prob ?? NaN)) >= q);
@@ -158,7 +159,7 @@ function exitLaw(position) {
         make("div", { class: "name" }, String(loop.loop))),
     );
   }
-  law.append(make("div", { class: "line", style: `top: ${96 * (1 - q)}px` }, "q"));
+  if (report.q !== null) law.append(make("div", { class: "line", style: `top: ${96 * (1 - q)}px` }, "q"));
   return law;
 }
 
@@ -231,13 +232,14 @@ byId("bands").addEventListener("keydown", (event) => {
 });
 
 document.querySelectorAll(".target-name").forEach((node) => node.append(targetName));
-byId("subtitle").textContent = `${report.model} · ${R} loops · ${positions.length} tokens`;
+byId("subtitle").textContent = `${report.model} · ${R} loops · ${positions.length} tokens` + (report.q === null ? ` · stops by ${report.exit}` : "");
 byId("of-loops").textContent = `of ${R}`;
 byId("notes").textContent =
   "Means over the tokens above. The gate's λ is the chance to stop after a loop if not stopped before; the last loop takes " +
   "whatever probability is left. Shades grow with the square root of the probability." +
   (report.trained_loops !== null && R > report.trained_loops ? ` The model was trained with ${report.trained_loops} loops.` : "");
-slider.value = report.q;
+slider.value = report.q ?? 1;
+document.querySelector(".slider").hidden = report.q === null;
 slider.addEventListener("input", mark);
 layOut(byId("bands").clientWidth);
 moveTo(0, R - 1, false);
