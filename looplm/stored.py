@@ -137,7 +137,7 @@ def _quantized(found: Quantized) -> StoredMatrix:
 def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
     """The weights of a model folder as they are stored there, mapped; or converted, one matrix after the other.
 
-    In the integer formats the head is int8, and the embedding keeps its own format.
+    In the integer formats the head is int8 and the embedding bfloat16, as `looplm quantize` writes them.
 
     Raises: CheckpointError if another format is wanted of weights that are integers already.
     """
@@ -160,7 +160,7 @@ def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
         own = "bfloat16" if stored.dtype == np.uint16 else "float32"
         into = own if wanted is None or files.quantization else wanted
         if to_integers:
-            into = to_integers.format_of(name) or own
+            into = to_integers.format_of(name) or "bfloat16"
         if into == own == "bfloat16":
             matrices[name] = StoredMatrix(own, (stored.shape[0], stored.shape[1]), stored)
         else:

@@ -229,7 +229,7 @@ def test_a_folder_may_be_read_in_another_format(tmp_path: pathlib.Path) -> None:
         head, embedding = formats.pop("lm_head.weight"), formats.pop("model.embed_tokens.weight")
         assert set(formats.values()) == {name}
         assert head == ("int8" if name == "int4" else name)
-        assert embedding == ("bfloat16" if name == "bfloat16" else "float32")
+        assert embedding == ("float32" if name == "float32" else "bfloat16")
         for tensor, matrix in found.matrices.items():
             values = weights.tensors[tensor]
             assert relative_error(matrix.rows(np.arange(len(values))), values) < 0.2
