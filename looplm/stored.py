@@ -137,7 +137,7 @@ def _quantized(found: Quantized) -> StoredMatrix:
 def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
     """The weights of a model folder as they are stored there, mapped; or converted, one matrix after the other.
 
-    In the integer formats the head is int8 and the embedding bfloat16, as in a folder of such weights.
+    In the integer formats the head is int8 and the embedding bfloat16, as `looplm quantize` writes them.
 
     Raises: CheckpointError if another format is wanted of weights that are integers already.
     """

@@ -10,6 +10,8 @@ from in_process import looplm, report_of
 from looplm import analysis
 from looplm.checkpoint import load_model
 from looplm.exits import LearnedGate
+from looplm.model_files import open_model
+from looplm.stored import read_stored
 from looplm.tasks import hops
 from looplm.text import byte_tokenizer
 from looplm_cli import page, render
@@ -34,7 +36,7 @@ def hopping(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
 def test_the_report_holds_what_the_engine_computed(model: pathlib.Path) -> None:
     report = report_of("inspect", "-m", model, "-p", PROMPT, "--q", 0.6, "--top-k", 3)
     ids = byte_tokenizer().encode(PROMPT)[None]
-    found = analysis.inspect(load_model(model).weights, ids, rule=LearnedGate(0.6), top_k=3)
+    found = analysis.inspect(read_stored(open_model(model)), ids, rule=LearnedGate(0.6), top_k=3)
     assert (report["task"], report["loops"], report["trained_loops"], report["q"]) == ("text", 4, 4, 0.6)
     assert report["mean_loops"] == pytest.approx(found.mean_loops)
     assert [p["exit_loop"] for p in report["positions"]] == (found.exit_index[0] + 1).tolist()
