@@ -23,8 +23,15 @@ from looplm_reference.mutants import MODEL_MUTANTS
 
 FOLDERS = {folder.name: folder for folder in looplm_fixtures.folders()}
 REFERENCE = ReferenceFixtureCandidate()
-# A fixture has neither padding nor a cache of the candidate's: these mistakes are for the model-level judge to catch.
+# A fixture has no padding, no cache of the candidate's and no exit rule but the gate: these mistakes are for the
+# model-level judge to catch.
 BEYOND_FIXTURES = {
+    "exit rule a loop late",
+    "change of the state not relative",
+    "KL the other way round",
+    "logit taken for its probability",
+    "margin of probabilities",
+    "stable one loop late",
     "key/value slot of the wrong loop",
     "padding is seen",
     "positions off by one under padding",

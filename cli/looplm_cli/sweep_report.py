@@ -158,7 +158,7 @@ def _print_plot(report: dict[str, Any], marks: dict[str, str]) -> None:
     ends = f"{'':9}└{'─' * PLOT_WIDTH}\n{'':10}1{'mean loops':^{PLOT_WIDTH - 2}}{report['loops']}"
     key = "  ".join(f"{mark} {name}" for name, mark in marks.items())
     stdout().print("\n".join(["    loss", *lines, ends]), markup=False, soft_wrap=True)
-    stdout().print(key, "", sep="\n", markup=False)
+    stdout().print(f"{key}\n", markup=False)
 
 
 def _print_budgets(report: dict[str, Any]) -> None:
