@@ -13,10 +13,11 @@ from typing import Any
 import numpy as np
 
 from . import __version__
-from .arrays import Floats, aligned_empty
+from .arrays import Array, Floats, aligned_empty
 from .atomic import Content, make_folder, replace_files
 from .config import ModelConfig, model_config_to_json
 from .errors import CheckpointError
+from .kernels.finite import count_not_finite
 from .model_files import (
     CONFIG,
     EMBEDDING,
@@ -27,6 +28,7 @@ from .model_files import (
     WEIGHTS,
     ModelFiles,
     find_tensors,
+    json_content,
     open_model,
     read_json,
     some,
@@ -58,7 +60,7 @@ def load_model(folder: str | pathlib.Path, accept: Callable[[ModelFiles], object
     accept(files)
     weights = _read_weights(files)
     known = {field.name: getattr(files, field.name) for field in dataclasses.fields(files)}
-    return LoadedModel(**known | {"warnings": files.warnings + _check_finite(weights)}, weights=weights)
+    return LoadedModel(**known | {"warnings": files.warnings + finite_warnings(weights.tensors)}, weights=weights)
 
 
 def read_tensors(folder: str | pathlib.Path) -> dict[str, Floats]:
@@ -93,7 +95,8 @@ def save_model(
     contents: dict[str, Content] = {name: text.encode() for name, text in tokenizer.items() if text is not None}
     contents["generation_config.json"] = _generation_config(folder, config)
     contents[WEIGHTS] = tensors_content({p.name: weights.tensors[p.name] for p in parameter_table(config)}, dtype=dtype)
-    contents[PROVENANCE] = _json({"looplm": __version__, **provenance})  # after the weights whose steps it counts
+    # After the weights whose steps it counts.
+    contents[PROVENANCE] = json_content({"looplm": __version__, **provenance})
     contents[CONFIG] = _config(folder, config, dtype)  # last: only a folder that has it counts as a model
     replace_files({folder / name: content for name, content in contents.items() if _changes(folder / name, content)})
 
@@ -150,7 +153,7 @@ def _exchange_gate(files: ModelFiles, gate: Mapping[str, Floats], provenance: Ma
     contents: dict[pathlib.Path, Content] = {files.folder / PREVIOUS_GATE: tensors_content(before, note)}
     for file in {files.stored_in[name] for name in GATE}:  # two, if a border between shards separates weight and bias
         contents[file.path] = file.with_changes({name: after[name] for name in GATE if files.stored_in[name] is file})
-    contents[files.folder / PROVENANCE] = _json(provenance)
+    contents[files.folder / PROVENANCE] = json_content(provenance)
     replace_files(contents)
 
 
@@ -160,7 +163,7 @@ def add_provenance(folder: str | pathlib.Path, provenance: Mapping[str, Any]) ->
     Raises: CheckpointError if the folder is damaged or cannot be written.
     """
     files = open_model(folder)
-    replace_files({files.folder / PROVENANCE: _json(_merged(files.provenance, provenance))})
+    replace_files({files.folder / PROVENANCE: json_content(_merged(files.provenance, provenance))})
 
 
 def _merged(there: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,23 +225,14 @@ def _read_weights(files: ModelFiles) -> Weights:
     return Weights.from_tensors(config, {p.name: where[p.name].floats(p.name) for p in table})
 
 
-def _check_finite(weights: Weights) -> list[str]:
-    """A warning that names every tensor with a NaN or an infinity."""
-    wrong = []
-    for name, values in weights.tensors.items():
-        row = values.reshape(-1)
-        with np.errstate(all="ignore"):
-            suspect = not np.isfinite(np.dot(row, row))  # at the speed of memory; also so if a square overflows
-        if suspect and (count := row.size - int(np.isfinite(row).sum())):
-            wrong.append(f"{name} ({count} of {row.size})")
+def finite_warnings(tensors: Mapping[str, Array]) -> list[str]:
+    """A warning that names every tensor (float32, or bits of bfloat16) with a NaN or an infinity."""
+    counts = {name: count_not_finite(values) for name, values in tensors.items()}
+    wrong = [f"{name} ({count} of {tensors[name].size})" for name, count in counts.items() if count]
     return [f"weights that are not finite numbers: {some(wrong)}"] if wrong else []
 
 
 # ---- writing
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def _changes(path: pathlib.Path, content: Content) -> bool:
@@ -263,7 +257,7 @@ def _config(folder: pathlib.Path, config: ModelConfig, dtype: str) -> bytes:
     merged["rope_parameters"] = {**(there.get("rope_parameters") or {}), **ours["rope_parameters"]}
     del merged["torch_dtype"]
     spellings = [key for key in ("torch_dtype", "dtype") if key in there] or ["torch_dtype"]
-    return _json(merged | dict.fromkeys(spellings, dtype))
+    return json_content(merged | dict.fromkeys(spellings, dtype))
 
 
 def _token_ids(config: ModelConfig, there: Mapping[str, Any]) -> dict[str, Any]:
@@ -275,4 +269,4 @@ def _token_ids(config: ModelConfig, there: Mapping[str, Any]) -> dict[str, Any]:
 
 def _generation_config(folder: pathlib.Path, config: ModelConfig) -> bytes:
     there = _existing(folder / "generation_config.json")
-    return _json(there | {key: value for key, value in _token_ids(config, there).items() if value is not None})
+    return json_content(there | {key: value for key, value in _token_ids(config, there).items() if value is not None})

@@ -3,7 +3,6 @@
 The new folder appears whole or not at all, and the old one is only read.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Callable, Iterator
@@ -16,24 +15,22 @@ from .arrays import Array, Floats
 from .atomic import Content, make_folder, replace_files
 from .config import ModelConfig
 from .errors import CheckpointError, UsageError
-from .model_files import CONFIG, EMBEDDING, GATE, PROVENANCE, WEIGHTS, ModelFiles, read_json, stored_tensors
+from .model_files import (
+    CONFIG,
+    EMBEDDING,
+    GATE,
+    PROVENANCE,
+    WEIGHTS,
+    ModelFiles,
+    json_content,
+    read_companions,
+    read_json,
+    stored_tensors,
+)
 from .quantization import CHUNK, KEY, Quantization, Quantized, quantize_matrix, scale_name
 from .safetensors_file import round_to_bfloat16, streamed_content
 from .threads import run_all, shards
 from .weights import Parameter, parameter_count, parameter_table
-
-# What belongs to a model besides its weights and its config: texts for people and programs, taken over as they are.
-BESIDE = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-)
 
 
 def quantize_folder(
@@ -54,13 +51,14 @@ def quantize_folder(
     folder, quantization = pathlib.Path(out_dir), Quantization(fmt)
     check_source(files)
     check_new_folder(folder)
-    contents: dict[pathlib.Path, Content] = {folder / name: text for name, text in _beside(files.folder).items()}
+    beside = read_companions(files.folder)
+    contents: dict[pathlib.Path, Content] = {folder / name: text for name, text in beside.items()}
     contents[folder / WEIGHTS] = streamed_content(
         _layout(files.config, quantization), lambda: _pieces(files, quantization, threads, progress)
     )
-    contents[folder / PROVENANCE] = _json(_provenance(files, fmt))
+    contents[folder / PROVENANCE] = json_content(_provenance(files, fmt))
     # Last: only a folder that has it counts as a model.
-    contents[folder / CONFIG] = _json(read_json(files.folder / CONFIG) | {KEY: quantization.json(files.config)})
+    contents[folder / CONFIG] = json_content(read_json(files.folder / CONFIG) | {KEY: quantization.json(files.config)})
     make_folder(folder)
     try:
         replace_files(contents)
@@ -86,19 +84,6 @@ def check_new_folder(folder: pathlib.Path) -> None:
         return
     if folder.exists():
         raise UsageError(f"{folder} exists already", "name a new folder: nothing is overwritten")
-
-
-def _beside(folder: pathlib.Path) -> dict[str, bytes]:
-    found = {}
-    for name in BESIDE:
-        try:
-            found[name] = (folder / name).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            cure = "check the path and its permissions"
-            raise CheckpointError(f"cannot read {folder / name}: {error.strerror}", cure) from error
-    return found
 
 
 def _in_order(config: ModelConfig) -> list[Parameter]:
@@ -163,7 +148,3 @@ def _provenance(files: ModelFiles, fmt: str) -> dict[str, Any]:
     """Where the floats come from, and how they were rounded."""
     made = {"format": fmt, "source": str(files.folder), "looplm": __version__}
     return {"looplm": __version__, **files.provenance, "quantized": made}
-
-
-def _json(values: dict[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

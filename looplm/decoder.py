@@ -82,7 +82,6 @@ class Decoder:
             FEED_FORWARD=config.intermediate_size,
             LAYERS=config.num_hidden_layers,
             VOCABULARY=config.vocab_size,
-            ROWS=self._rows,
             MULTIPLY=multiply.address,
             ATTEND=attend.address,
         )

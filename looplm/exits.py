@@ -65,11 +65,18 @@ class Readout:
         """hidden: RBD -> for each loop given, logits: BV."""
         return [self._read(state) for state in hidden]
 
-    def _read(self, state: Floats) -> Floats:
+    def recall(self, state: Floats) -> Floats | None:
+        """The logits of a state that was read before, None if it was not or is forgotten.  state: BD -> BV"""
         for known, logits in reversed(tuple(self._known)):  # a copy, since threads may share a readout
             # One number tells most states apart for a tenth of what comparing them whole costs.
             if known.shape == state.shape and known.item(0) == state.item(0) and np.array_equal(known, state):
                 return logits
+        return None
+
+    def _read(self, state: Floats) -> Floats:
+        logits = self.recall(state)
+        if logits is not None:
+            return logits
         state = np.array(state, order="C")
         # A few rows at a time: many would be multiplied in another way, and rounded otherwise.
         parts = [self._head.multiply(state[first : first + FEW_ROWS]) for first in range(0, len(state), FEW_ROWS)]
@@ -312,7 +319,7 @@ def exit_indices(rules: Sequence[ExitRule], hidden: Floats, gate_logit: Floats) 
     """The same for several rules, which share what they read.  hidden: RBD, gate_logit: RB -> per rule, B."""
     loops, rows = gate_logit.shape
     found = [np.full(rows, loops - 1, np.int64) for _ in rules]
-    readouts = [reader for rule in rules if (reader := _readout(rule)) is not None]
+    readouts = [reader for rule in rules if (reader := readout_of(rule)) is not None]
     chunk = max(1, READ_AT_ONCE // readouts[0].vocab_size if readouts else rows)
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
@@ -323,5 +330,6 @@ def exit_indices(rules: Sequence[ExitRule], hidden: Floats, gate_logit: Floats) 
     return found
 
 
-def _readout(rule: Any) -> Readout | None:
-    return _readout(rule.rule) if isinstance(rule, Bounded) else getattr(rule, "readout", None)
+def readout_of(rule: Any) -> Readout | None:
+    """What a rule reads predictions with; None for one that does not, or is not bound."""
+    return readout_of(rule.rule) if isinstance(rule, Bounded) else getattr(rule, "readout", None)

@@ -15,7 +15,7 @@ from .cache import KeyValueCache, KeyValueType, Policy
 from .config import ModelConfig
 from .decoder import Decoder
 from .errors import DataError, UsageError
-from .exits import ExitRule, exit_index
+from .exits import ExitRule, exit_index, readout_of
 from .memory import GIB, SHARE, available_memory, resident
 from .model import Trace
 from .sampling import Sampling, choose
@@ -124,8 +124,16 @@ class Session:
         self.finish(exit_at)
         return exit_at
 
-    def logits(self, exit_at: Ints) -> Floats:
-        """Next-token logits of the position last advanced, read at each row's own loop.  exit_at: B -> logits: BV."""
+    def logits(self, exit_at: Ints, rule: ExitRule | None = None) -> Floats:
+        """Next-token logits of the position last advanced, read at each row's own loop.  exit_at: B -> logits: BV.
+
+        What the rule that stopped it has read already is not multiplied again; the bits are the same.
+        """
+        readout = readout_of(rule)
+        if readout is not None and (exit_at == exit_at[0]).all():
+            known = readout.recall(self.hidden[exit_at[0]])
+            if known is not None:
+                return known
         return self._decoder.logits(self.hidden[exit_at, np.arange(self.batch)])
 
     def _make_room(self, positions: int) -> None:
@@ -250,7 +258,7 @@ def _continue(
         seen[token] = True
         exits = session.advance(token, rule)
         exit_at, loops_run = int(exits[0]), session.loops_run
-        logits = session.logits(exits)[0]
+        logits = session.logits(exits, rule)[0]
 
 
 class StopStrings:

@@ -27,6 +27,17 @@ CONFIG, TOKENIZER, PROVENANCE = "config.json", "tokenizer.json", "looplm.json"
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
 OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.gguf", "*.npz")
+COMPANIONS = (  # what belongs to a model besides weights and config: texts for people and programs
+    TOKENIZER,
+    TOKENIZER_CONFIG,
+    GENERATION_CONFIG,
+    TEMPLATE_FILE,
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+)
 OTHER_MODEL = "config.json and the weights belong to different models: copy the folder again"
 
 
@@ -148,6 +159,25 @@ def _read_text(path: pathlib.Path) -> str:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"cannot read {path}: {error}", "copy or download the file again") from error
+
+
+def read_companions(folder: pathlib.Path) -> dict[str, bytes]:
+    """The files of COMPANIONS that a folder has, by name.  Raises: CheckpointError if one cannot be read."""
+    found = {}
+    for name in COMPANIONS:
+        try:
+            found[name] = (folder / name).read_bytes()
+        except FileNotFoundError:
+            continue
+        except OSError as error:
+            cure = "check the path and its permissions"
+            raise CheckpointError(f"cannot read {folder / name}: {error.strerror}", cure) from error
+    return found
+
+
+def json_content(values: Mapping[str, Any]) -> bytes:
+    """The content of a JSON file of a model folder."""
+    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
 
 
 def find_tensors(folder: pathlib.Path) -> dict[str, TensorFile]:

@@ -7,7 +7,6 @@ of a training (weights.py) nothing is chosen to make training work: the publishe
 import concurrent.futures
 import contextlib
 import itertools
-import json
 import math
 import pathlib
 import shutil
@@ -21,23 +20,22 @@ from . import __version__
 from .atomic import Content, cannot_write, make_folder, replace_files
 from .config import ModelConfig, model_config_from_json
 from .errors import CheckpointError, UsageError
-from .model_files import CONFIG, INDEX, PROVENANCE, TOKENIZER, WEIGHTS, check_vocabulary, read_json
+from .model_files import (
+    CONFIG,
+    INDEX,
+    PROVENANCE,
+    TOKENIZER,
+    WEIGHTS,
+    check_vocabulary,
+    json_content,
+    read_companions,
+    read_json,
+)
 from .safetensors_file import ITEM_SIZES, STORABLE, encoded, streamed_content
-from .special_tokens import GENERATION_CONFIG, TEMPLATE_FILE, TOKENIZER_CONFIG
 from .text import Tokenizer
 from .weights import Parameter, parameter_count, parameter_table
 
 BLOCK = 1 << 18  # numbers made at a time: they stay in the cache until they are rounded and written
-COPIED = (  # what a folder knows about text
-    TOKENIZER,
-    TOKENIZER_CONFIG,
-    TEMPLATE_FILE,
-    GENERATION_CONFIG,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-)
 
 
 def write_random_model(
@@ -78,8 +76,10 @@ def write_random_model(
     with concurrent.futures.ThreadPoolExecutor(threads) as pool:
         stream = _Stream(config, seed, STORABLE[dtype], pool, threads, progress)
         contents |= _weight_files(parameter_table(config), STORABLE[dtype], shard_size, stream.stored)
-        contents[PROVENANCE] = _json({"looplm": __version__, "task": "text", "random_weights": True, "seed": seed})
-        contents[CONFIG] = _json({**config_json, **dict.fromkeys(spelled, dtype)})  # last: it makes it a model folder
+        origin = {"looplm": __version__, "task": "text", "random_weights": True, "seed": seed}
+        contents[PROVENANCE] = json_content(origin)
+        # Last: only a folder that has it counts as a model.
+        contents[CONFIG] = json_content({**config_json, **dict.fromkeys(spelled, dtype)})
         make_folder(unfinished)
         try:
             replace_files({unfinished / name: content for name, content in contents.items()})
@@ -97,15 +97,7 @@ def like_folder(folder: str | pathlib.Path) -> tuple[dict[str, Any], dict[str, b
     The folder needs no weights.  Raises: CheckpointError if it has no config.json, or a file cannot be read.
     """
     folder = pathlib.Path(folder)
-    files = {}
-    for name in COPIED:
-        try:
-            files[name] = (folder / name).read_bytes()
-        except FileNotFoundError:
-            continue
-        except OSError as error:
-            raise CheckpointError(f"cannot read {folder / name}: {error.strerror}", "check its permissions") from error
-    return read_json(folder / CONFIG), files
+    return read_json(folder / CONFIG), read_companions(folder)
 
 
 class _Stream:
@@ -177,13 +169,9 @@ def _weight_files(
     contents: dict[str, Content] = {
         name: _streamed(shard, code, stored) for name, shard in zip(names, shards, strict=True)
     }
-    return {**contents, INDEX: _json({"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})}
+    return {**contents, INDEX: json_content({"metadata": {"total_size": sum(sizes.values())}, "weight_map": where})}
 
 
 def _streamed(table: Sequence[Parameter], code: str, stored: Callable[[str], Iterator[memoryview]]) -> Content:
     layout = {p.name: (code, p.shape) for p in table}
     return streamed_content(layout, lambda: itertools.chain.from_iterable(map(stored, layout)))
-
-
-def _json(values: Mapping[str, Any]) -> bytes:
-    return (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()

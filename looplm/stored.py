@@ -16,7 +16,7 @@ from .errors import CheckpointError
 from .kernels.product.stored import multiply, multiply_into, scratch_size, widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
-from .quantization import Quantization, Quantized, quantize_matrix
+from .quantization import Quantization, Quantized, quantize_matrix, scale_name
 from .safetensors_file import round_to_bfloat16
 from .threads import run_all, shards
 from .weights import Weights, parameter_table
@@ -96,6 +96,14 @@ class StoredWeights:
         tensors = {name: np.ascontiguousarray(value) for name, value in weights.tensors.items()}
         matrices = {name: convert(value, "float32") for name, value in tensors.items() if is_matrix(name)}
         return cls(weights.config, matrices, {name: v for name, v in tensors.items() if name not in matrices})
+
+    @property
+    def float_arrays(self) -> dict[str, Array]:
+        """Every array of floats (bfloat16 as bits) by its name in the file: what could hold a NaN."""
+        found: dict[str, Array] = dict(self.floats)
+        for name, matrix in self.matrices.items():
+            found |= {name: matrix.codes} if matrix.scales is None else {scale_name(name): matrix.scales}
+        return found
 
     @property
     def nbytes(self) -> int:

@@ -73,7 +73,7 @@ def _decode(weights: Weights, rule: ExitRule, text: Ints, prompt: int) -> tuple[
         token = np.ascontiguousarray(text[prompt + s : prompt + s + 1], np.int64)
         began = time.perf_counter()
         exits = session.advance(token, rule)
-        logits[s] = session.logits(exits)[0]
+        logits[s] = session.logits(exits, rule)[0]
         seconds += time.perf_counter() - began
         loops_run += session.loops_run
     target = np.ascontiguousarray(text[prompt + 1 :], np.int64)

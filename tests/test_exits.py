@@ -6,6 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
+from looplm.decoder import Decoder
 from looplm.errors import UsageError
 from looplm.exits import (
     MEASURED,
@@ -193,6 +194,23 @@ def test_a_state_is_read_once(weights: Weights, trace: Trace, monkeypatch: pytes
     assert read == [1] * LOOPS
     bind(make_rule("change", 0.5), readout).stops(hidden[:, 1:2], gate_logit[:, 1:2])
     assert read == [1] * LOOPS, "a rule that needs no logits has read some"
+
+
+@pytest.mark.parametrize("name", ["kl", "change"])
+def test_a_session_takes_what_its_rule_has_read(weights: Weights, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rule, session = bind(make_rule(name, 1e9), weights), Session(weights, capacity=8)
+    session.feed(np.array([[1, 2, 3]]))
+    exit_at = session.advance(np.array([4]), rule)
+    multiplied: list[int] = []
+    expected, real = session.logits(exit_at), Decoder.logits
+
+    def counted(decoder: Decoder, states: np.ndarray) -> np.ndarray:
+        multiplied.append(len(states))
+        return real(decoder, states)
+
+    monkeypatch.setattr(Decoder, "logits", counted)
+    np.testing.assert_array_equal(session.logits(exit_at, rule), expected)
+    assert multiplied == ([] if name == "kl" else [1])
 
 
 def test_what_is_remembered_is_not_taken_for_something_else(weights: Weights, trace: Trace) -> None:

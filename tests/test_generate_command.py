@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from in_process import looplm, report_of
-from looplm.checkpoint import load_model
+from looplm.checkpoint import load_model, save_model
 from looplm.exits import LearnedGate
 from looplm.generation import Generated
 from looplm.generation import generate as engine
@@ -214,6 +214,17 @@ def test_the_weights_may_be_held_in_any_format(model: pathlib.Path, weights: str
     report = report_of(*arguments, "--threads", threads, "--kv-dtype", "bfloat16")
     assert report["tokens"] == 20
     assert report["text"] == report_of(*arguments, "--kv-dtype", "bfloat16")["text"]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("command", ["generate", "inspect"])
+def test_weights_that_are_no_numbers_are_named(tmp_path: pathlib.Path, command: str, dtype: str) -> None:
+    folder = text_run(tmp_path / "run")
+    weights = load_model(folder).weights.copy()
+    weights.embedding[3, 0] = np.inf
+    save_model(folder, weights, None, None, {}, dtype=dtype)
+    _, err = looplm(command, "-m", folder, "-p", "a", *(["-n", 1] if command == "generate" else []), width=300)
+    assert "warning: weights that are not finite numbers: model.embed_tokens.weight (1 of " in err
 
 
 def test_a_cache_that_cannot_fit_is_refused(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -94,6 +94,16 @@ def test_wrong_layouts_are_noticed(name: Format, mistake: str) -> None:
     assert relative_error(wrong(matrix, mistake).multiply(x), expected) > 1e-2
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@every_format
+def test_what_is_no_number_stays_none(name: Format, bad: float) -> None:
+    matrix, x = convert(random_matrix((9, 200)), name), random_matrix((2, 200), seed=1)
+    x[1, 70] = bad
+    y = matrix.multiply(x)
+    assert np.isfinite(y[0]).all()
+    assert not np.isfinite(y[1]).any()
+
+
 @every_format
 def test_a_row_does_not_depend_on_other_rows_or_threads(name: Format) -> None:
     matrix, x = convert(random_matrix((70, 200)), name), random_matrix((16, 200), seed=1)

@@ -100,7 +100,7 @@ def open_stored(
 
     Raises: what `open_model` raises; UsageError for an unknown format.
     """
-    from looplm.checkpoint import resolve_model
+    from looplm.checkpoint import finite_warnings, resolve_model
     from looplm.model_files import open_model as open_files
     from looplm.stored import FORMATS, read_stored
 
@@ -108,10 +108,10 @@ def open_stored(
         raise UsageError(f"--weights {wanted!r} is not known", f"use one of {', '.join(FORMATS)}")
     files = open_files(resolve_model(None if path is None else str(path)))
     accept(files)
-    for warning in files.warnings:
-        print_warning(warning)
     announce_compilation()
     weights = read_stored(files, wanted)
+    for warning in files.warnings + finite_warnings(weights.float_arrays):
+        print_warning(warning)
     return Opened(files.folder, files.config, weights, files.tokenizer, files.special_tokens, files.provenance)
 
 
@@ -121,11 +121,11 @@ def announce_compilation() -> None:
 
     if cache_folder() is None:
         print_warning(
-            "no folder for compiled kernels can be written: they are compiled anew in every run, which takes some "
-            "fifteen seconds; set NUMBA_CACHE_DIR to a folder you may write to"
+            "no folder for compiled kernels can be written: they are compiled anew in every run, which takes up to "
+            "half a minute; set NUMBA_CACHE_DIR to a folder you may write to"
         )
     elif not kernels_are_cached():
-        say("compiling kernels, once on this machine: some fifteen seconds")
+        say("compiling kernels, once on this machine: up to half a minute")
 
 
 def read_prompt(prompt: str) -> str:

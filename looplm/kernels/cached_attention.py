@@ -5,29 +5,13 @@ import numpy as np
 from . import plan as field
 from .addresses import caller, floats_at, longs_at, words_at
 from .attention import _attend
-from .intrinsics import exp32
+from .intrinsics import exp32, round16, widen16
 from .jit import Routine, njit
 from .product.stored import FEW_ROWS, call_multiply, row_bytes
+from .rope import turn_head
 from .streams import BFLOAT16, CHANNEL_BLOCK, FLOAT32, weighted_bfloat16, weighted_float32
 
-_ZERO, _ONE, _SIXTEEN = np.float32(0.0), np.float32(1.0), np.uint32(16)
-
-
-@njit
-def _turn(x, at, half, cos, sin, angle):
-    for i in range(half):
-        low, high, c, s = x[at + i], x[at + half + i], cos[angle + i], sin[angle + i]
-        x[at + i] = low * c - high * s
-        x[at + half + i] = high * c + low * s
-
-
-@njit
-def _to_bfloat16(number):
-    bits = np.float32(number).view(np.uint32)
-    if number != number:
-        return np.uint16(np.uint32(bits >> _SIXTEEN) | np.uint32(0x40))
-    odd = np.uint32(bits >> _SIXTEEN) & np.uint32(1)
-    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> _SIXTEEN)
+_ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @njit
@@ -38,7 +22,7 @@ def _append(kind, cache, at, source, count):
     else:
         words = words_at(cache + 2 * at, count)
         for i in range(count):
-            words[i] = _to_bfloat16(source[i])
+            words[i] = round16(source[i])
 
 
 @njit
@@ -59,7 +43,7 @@ def _add_weighted(kind, values, keys, channels, weight, out):
             if kind == FLOAT32:
                 total += factors[j] * floats_at(at, 1)[0]
             else:
-                total += factors[j] * np.uint32(np.uint32(words_at(at, 1)[0]) << _SIXTEEN).view(np.float32)
+                total += factors[j] * widen16(words_at(at, 1)[0])
         sums[c] = total
 
 
@@ -114,7 +98,7 @@ def _attend_many(plan, own, slot, b, g):
         for source, into in ((key_floats, buffer), (value_floats, buffer + 4 * keys * channels)):
             wide, words = floats_at(into, keys * channels), words_at(source, keys * channels)
             for i in range(keys * channels):
-                wide[i] = np.uint32(np.uint32(words[i]) << _SIXTEEN).view(np.float32)
+                wide[i] = widen16(words[i])
         key_floats, value_floats, used = buffer, buffer + 4 * keys * channels, 2 * keys * channels
         buffer += 4 * used
     first = plan[field.QKV] + 4 * channels * (b * length * total)
@@ -150,8 +134,8 @@ def attend(plan_at, own, layer, first, last):
             where = plan[field.FILLED] + row % length
             angle = max(0, where - start[b]) * half
             for head in range(g * per_group, (g + 1) * per_group):
-                _turn(qkv, at + head * channels, half, cos, sin, angle)
-            _turn(qkv, at + (heads + g) * channels, half, cos, sin, angle)
+                turn_head(qkv, at + head * channels, half, cos, sin, angle, _ONE)
+            turn_head(qkv, at + (heads + g) * channels, half, cos, sin, angle, _ONE)
             place = (((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + where) * channels
             _append(kind, plan[field.KEYS], place, qkv[at + (heads + g) * channels :], channels)
             _append(kind, plan[field.VALUES], place, qkv[at + (heads + groups + g) * channels :], channels)

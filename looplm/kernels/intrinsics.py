@@ -67,6 +67,7 @@ _LOWEST, _HIGHEST = np.float32(-87.0), np.float32(88.0)
 _C5, _C4, _C3 = np.float32(1.9875691500e-4), np.float32(1.3981999507e-3), np.float32(8.3334519073e-3)
 _C2, _C1, _C0 = np.float32(4.1665795894e-2), np.float32(1.6666665459e-1), np.float32(5.0000001201e-1)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
+_SIXTEEN = np.uint32(16)
 
 
 @njit(inline="always")
@@ -79,3 +80,19 @@ def exp32(x):
     p = _fma(_fma(_fma(_fma(_fma(_C5, r, _C4), r, _C3), r, _C2), r, _C1), r, _C0)
     value = _times_power_of_two(_fma(p, r * r, r) + _ONE, n)
     return _ZERO if x < _LOWEST else value
+
+
+@njit(inline="always")
+def widen16(bits):
+    """A bfloat16 number, given by its bits in uint16, as float32."""
+    return np.uint32(np.uint32(bits) << _SIXTEEN).view(np.float32)
+
+
+@njit(inline="always")
+def round16(x):
+    """The bits of the bfloat16 number nearest to a float32, ties to even; a NaN stays one."""
+    bits = np.float32(x).view(np.uint32)
+    if x != x:
+        return np.uint16(np.uint32(bits >> _SIXTEEN) | np.uint32(0x40))
+    odd = np.uint32(bits >> _SIXTEEN) & np.uint32(1)
+    return np.uint16(np.uint32(bits + np.uint32(0x7FFF) + odd) >> _SIXTEEN)

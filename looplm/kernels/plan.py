@@ -5,8 +5,8 @@ Python fills it in (looplm/decoder.py), kernels read it.  Every field is an int6
 
 # The plan's numbers.  What a call is about:
 (COMMAND, FIRST_SLOT, BATCH, LENGTH, FILLED, X, OUT, GATE_LOGIT) = range(8)
-# The model's shape, and what one call may be about at most:
-(WIDTH_D, HEADS, GROUPS, CHANNELS, FEED_FORWARD, LAYERS, VOCABULARY, ROWS) = range(8, 16)
+# The model's shape:
+(WIDTH_D, HEADS, GROUPS, CHANNELS, FEED_FORWARD, LAYERS, VOCABULARY) = range(8, 15)
 # Key/value cache, and tables for rotary positions:
 (CACHE_KIND, CAPACITY, CACHE_BATCH, KEYS, VALUES, START, COS, SIN) = range(16, 24)
 # Addresses of buffers that all threads share, and of the first thread's own and the step to the next:

@@ -18,17 +18,22 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Floats, Fl
 
 
 @njit
+def turn_head(x, at, half, cos, sin, angles, sign):
+    """The 2 * half channels of x from `at` on, by the angles whose cosines and sines begin at `angles`."""
+    for i in range(0, half - 7, 8):
+        turn_eight(x, at + i, at + half + i, cos, sin, angles + i, sign)
+    for i in range(half // 8 * 8, half):
+        turn_one(x, at + i, at + half + i, cos, sin, angles + i, sign)
+
+
+@njit
 def rotate_in_place(x, heads, position, cos, sin, sign):
     """The first `heads` heads of x: NHK (contiguous), position: N.  sign = 1 turns forward, -1 back (the gradient)."""
     channels, half = x.shape[2], x.shape[2] // 2
     for row in range(x.shape[0]):
         angles = position[row] * half
         for head in range(heads):
-            low = (row * x.shape[1] + head) * channels
-            for i in range(0, half - 7, 8):
-                turn_eight(x, low + i, low + half + i, cos, sin, angles + i, sign)
-            for i in range(half // 8 * 8, half):
-                turn_one(x, low + i, low + half + i, cos, sin, angles + i, sign)
+            turn_head(x, (row * x.shape[1] + head) * channels, half, cos, sin, angles, sign)
 
 
 def _rotated(x: Floats, position: Ints, theta: float, sign: float) -> tuple[Floats]:

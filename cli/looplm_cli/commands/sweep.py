@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from looplm_cli.held_out import HeldOut
     from looplm_cli.inputs import Opened
 
-TARGETS = ("paper", "look-ahead", "best-later")
 CANDIDATES = 40  # thresholds tried per rule, of which --points are kept
 
 
@@ -81,7 +80,7 @@ def sweep(
         teach, judge = (_evidence(opened, data, half, tokens, thread_count(threads)) for half in halves)
         progress.update(1, "all loops have run on both halves")
         entries = _entries(opened, teach, steps, seed)
-        progress.update(2, f"{len(TARGETS)} gates trained")
+        progress.update(2, "gates trained")
         found = _points(entries, teach, judge, points, chunks, data)
         progress.update(3, f"{len(found)} points judged")
         for turn, _ in enumerate(_timed(opened, found, halves[1], turns, decode_tokens), 1):
@@ -111,7 +110,7 @@ def _entries(opened: "Opened", teach: "Evidence", steps: int, seed: int) -> "lis
     from looplm.calibration import CalibrateConfig, Gate, Observations, fit_gate
     from looplm.contest import Entry
     from looplm.exits import MEASURED
-    from looplm.objectives import StageTwo
+    from looplm.objectives import STAGE2_TARGETS, StageTwo
 
     weights = opened.weights
     present = Gate(weights.gate_weight.copy(), weights.gate_bias.copy())
@@ -120,7 +119,7 @@ def _entries(opened: "Opened", teach: "Evidence", steps: int, seed: int) -> "lis
     entries.append(Entry("gate, Stage I", "gate", first or present))
     if opened.provenance.get("stage") == 2:
         entries.append(Entry("gate, stored", "gate", present))
-    for target in TARGETS:
+    for target in STAGE2_TARGETS:
         seen, how = Observations(teach.hidden, teach.loss), CalibrateConfig(steps=steps, seed=seed)
         entries.append(Entry(f"gate, {target}", "gate", fit_gate(first or present, seen, StageTwo(target), how)))
     return entries

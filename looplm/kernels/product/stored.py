@@ -8,7 +8,7 @@ the other rows, nor on which rows of the weight are asked for together.
 import numpy as np
 
 from ..addresses import caller, floats_at, shorts_at, signed_bytes_at, words_at
-from ..intrinsics import round32
+from ..intrinsics import round32, widen16
 from ..jit import Routine, njit
 from ..streams import (
     BFLOAT16,
@@ -26,14 +26,13 @@ from ..streams import (
     stream_int8_two,
 )
 from ..vectors import TILE_COLUMNS, WIDTH, transpose_eight
-from .panels import rows_times_panel
+from .panels import DEPTH, rows_times_panel
 
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
 PANEL_BLOCK = 8  # panels that are widened at a time
-DEPTH = 384  # longest run of a wide product
 WIDE_BLOCK = 84  # rows that stay in the second-level cache for such a run
 
-_ZERO, _MOST, _SIXTEEN = np.float32(0.0), np.float32(32767.0), np.uint32(16)
+_ZERO, _MOST = np.float32(0.0), np.float32(32767.0)
 
 
 @njit
@@ -99,11 +98,12 @@ def _round_columns(kind, at, line, columns):
         first = g * group
         count = max(0, min(group, columns - first))
         numbers, out = line[first : first + count], codes[first : first + group]
-        highest = _ZERO
+        highest, poison = _ZERO, _ZERO
         for i in range(count):
             highest = max(highest, abs(numbers[i]))
+            poison += numbers[i] * _ZERO  # integers have no NaN: the scale carries it on
         inverse = _MOST / highest if highest > _ZERO else _ZERO
-        scales[g] = highest / _MOST
+        scales[g] = highest / _MOST + poison
         for i in range(count):
             out[i] = np.int16(round32(numbers[i] * inverse))
         for i in range(count, group):
@@ -123,7 +123,7 @@ def _multiply_scales(into, weight_scales, x, padded, count):
     products, left = floats_at(into, count), words_at(weight_scales, count)
     right, sums, zero = floats_at(x + 2 * padded, count), floats_at(x + 3 * padded, count), _ZERO
     for g in range(count):
-        product = right[g] * np.uint32(np.uint32(left[g]) << _SIXTEEN).view(np.float32)
+        product = right[g] * widen16(left[g])
         products[g] = product
         zero += product * sums[g]
     return zero
@@ -185,13 +185,13 @@ def widen_row(kind, codes, scales, columns, n, out):
     if kind == BFLOAT16:
         words = words_at(at, columns)
         for i in range(columns):
-            out[i] = np.uint32(np.uint32(words[i]) << _SIXTEEN).view(np.float32)
+            out[i] = widen16(words[i])
         return
     padded, group = _padded(columns), _group(kind)
     groups = padded // group
     row_scales = words_at(scales + 2 * groups * n, groups)
     for g in range(groups):
-        scale = np.uint32(np.uint32(row_scales[g]) << _SIXTEEN).view(np.float32)
+        scale = widen16(row_scales[g])
         first, last = g * group, min(columns, (g + 1) * group)
         if kind == INT8:
             source, line = signed_bytes_at(at + first, group), out[first:last]
