@@ -34,9 +34,17 @@ def chat_tokenizer() -> Tokenizer:
 
 
 def chat_model(
-    folder: pathlib.Path, template: str | None = None, eos: int | None = 2, context: int = CONTEXT, **more: Any
+    folder: pathlib.Path,
+    template: str | None = None,
+    eos: int | None = 2,
+    context: int = CONTEXT,
+    endless: bool = False,
+    **more: Any,
 ) -> pathlib.Path:
-    """A folder as the thinking models have it; `more` goes into tokenizer_config.json, `eos` into config.json."""
+    """A folder as the thinking models have it; `more` goes into tokenizer_config.json, `eos` into config.json.
+
+    An endless model never likes <|endoftext|> best, which ends every other one sooner or later.
+    """
     tokenizer = chat_tokenizer()
     config = ModelConfig(
         vocab_size=tokenizer.vocab_size,
@@ -52,6 +60,8 @@ def chat_model(
         eos_token_id=eos,
     )
     weights = initialise(config, InitConfig(weight_std=0.4, embedding_std=1.0, post_norm=0.5), seed=2)
+    if endless:
+        weights.head[SPECIALS.index("<|endoftext|>")] = 0.0
     values = {
         "bos_token": "<|im_start|>",
         "eos_token": "<|im_end|>",

@@ -208,7 +208,7 @@ class Terminal:
 
 def test_at_a_terminal_an_interrupt_stops_the_answer_and_an_error_the_turn(tmp_path: pathlib.Path) -> None:
     plain = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
-    endless = chat_model(tmp_path / "model", plain, eos=None, context=50_000, eos_token="gone")
+    endless = chat_model(tmp_path / "model", plain, eos=None, context=50_000, endless=True, eos_token="gone")
     terminal = Terminal("chat", "-m", str(endless), "-n", "40000", "-t", "0")
     try:
         terminal.until(r"/help lists commands")
