@@ -273,7 +273,9 @@ def _coerce(value: Any, wanted: Any, where: str) -> Any:
         value = str(value)
     if type(value) not in kinds:
         names = " or ".join(kind.__name__ for kind in kinds)
-        raise ConfigError(f"{where}={value!r} is {type(value).__name__}, expected {names}", f"give {where} a value of type {names}")
+        raise ConfigError(
+            f"{where}={value!r} is {type(value).__name__}, expected {names}", f"give {where} a value of type {names}"
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}={value} is not a finite number", f"give {where} a finite value")
     return value
