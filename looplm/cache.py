@@ -64,13 +64,16 @@ class KeyValueCache:
 
     def reserve(self, positions: int) -> bool:
         """Make room for that many more positions; True if memory moved."""
-        needed = self.filled + positions
-        if needed <= self.capacity:
+        return self.grow(self.filled + positions)
+
+    def grow(self, positions: int) -> bool:
+        """Make room for that many positions in all; True if memory moved."""
+        held = self.capacity
+        if positions <= held:
             return False
-        capacity = max(needed, 2 * self.capacity)
         for name in ("keys", "values"):
-            grown = self._empty(capacity)
-            grown[..., : self.filled, :] = getattr(self, name)[..., : self.filled, :]
+            grown = self._empty(max(positions, 2 * held))
+            grown[..., :held, :] = getattr(self, name)
             setattr(self, name, grown)
         return True
 
@@ -81,8 +84,12 @@ class KeyValueCache:
     def append_exited(self, exit_index: Ints) -> None:
         """Count one position that row b left at loop exit_index[b] (B), deeper slots filled as the policy says."""
         if self.policy == "last-exited":
-            for array in (self.keys, self.values):
-                by_loop = array.reshape(self.loops, self.layers, *array.shape[1:])
-                for row, r in enumerate(exit_index):
-                    by_loop[r + 1 :, :, row, :, self.filled] = by_loop[r, :, row, :, self.filled]
+            for row, r in enumerate(exit_index):
+                self.repeat_deeper(row, self.filled, r)
         self.filled += 1
+
+    def repeat_deeper(self, row: int, position: int, r: int) -> None:
+        """The keys and values of one position in loop r (from 0) become those of every deeper loop."""
+        for array in (self.keys, self.values):
+            by_loop = array.reshape(self.loops, self.layers, *array.shape[1:])
+            by_loop[r + 1 :, :, row, :, position] = by_loop[r, :, row, :, position]

@@ -32,27 +32,41 @@ class Decoder:
         self._of_loop = [(at[r], at[r + 1], gate.ctypes.data) for r, gate in enumerate(self.gate_logit)]
         self._plan = np.zeros(field.FIRST_LAYER + config.num_hidden_layers * field.LAYER_SIZE, np.int64)
         self._constants = np.array([config.rms_norm_eps])
+        self._places = np.zeros((rows, field.ROW_SIZE), np.int64)
+        self._point(PLACES=self._places)
         self._set_model()
         self._set_shared_buffers()
         self.cache_moved()
 
+    def place(self, cache_rows: Ints | int, positions: Ints | int, rows: int = 1) -> None:
+        """Where the first rows are in the cache from now on.  cache_rows, positions: M, or the same for all `rows`."""
+        self._places[:rows, field.ROW_B], self._places[:rows, field.ROW_POSITION] = cache_rows, positions
+
     def run_loop(self, r: int, batch: int, length: int) -> None:
-        """Loop r of B x S positions that follow those in the cache.  Loop 0 starts from `embedded`."""
-        self._plan[: field.GATE_LOGIT + 1] = (
-            field.RUN_LOOP,
-            self._cache.first_slot(r),
-            batch,
-            length,
-            self._cache.filled,
-            *self._of_loop[r],
-        )
+        """Loop r of batch x length rows, placed as `place` said last.  Loop 0 starts from `embedded`.
+
+        Blocks of more than FEW_ROWS rows must be consecutive positions of one row of the cache.
+        """
+        self._places[: batch * length, field.ROW_SLOT] = self._cache.first_slot(r)
+        self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, batch, length, *self._of_loop[r])
+        self._team.run(self._plan)
+
+    def run_rows(self, loops: Ints, x: Floats, out: Floats, gate_logit: Floats) -> None:
+        """One loop of a few rows (at most FEW_ROWS), each its own: loops[m] of row m, counted from 0.
+
+        x: MD, the state before the loop -> out: MD, gate_logit: M.  All contiguous; placed as `place` said last.
+        Several positions of one row of the cache may run one loop together: they see each other as they would apart.
+        """
+        self._places[: len(loops), field.ROW_SLOT] = loops * self._cache.layers
+        at = (x.ctypes.data, out.ctypes.data, gate_logit.ctypes.data)
+        self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, len(loops), 1, *at)
         self._team.run(self._plan)
 
     def logits(self, states: Floats) -> Floats:
         """states: MD (at most `rows`) -> MV"""
         states = np.ascontiguousarray(states)
         found = aligned_empty((len(states), self._weights.config.vocab_size))
-        self._plan[: field.OUT + 1] = (field.RUN_HEAD, 0, len(states), 1, 0, states.ctypes.data, found.ctypes.data)
+        self._plan[: field.OUT + 1] = (field.RUN_HEAD, len(states), 1, states.ctypes.data, found.ctypes.data)
         self._team.run(self._plan)
         return found
 

@@ -81,6 +81,8 @@ class Session:
             part = slice(begin, min(begin + chunk, length))
             ids = input_ids[:, part]
             decoder.embedded[: ids.size] = self.weights.embedded(ids).reshape(ids.size, -1)
+            positions = self.filled + np.arange(ids.shape[1])
+            decoder.place(np.repeat(np.arange(self.batch), ids.shape[1]), np.tile(positions, self.batch), ids.size)
             for r in range(self.loops):
                 decoder.run_loop(r, self.batch, ids.shape[1])
                 hidden[r, :, part] = decoder.states[r, : ids.size].reshape(hidden[r, :, part].shape)
@@ -91,6 +93,7 @@ class Session:
         """Start one position per row.  input_ids: B.  Raises: DataError beyond the model's context."""
         self._make_room(1)
         self._decoder.embedded[: self.batch] = self.weights.embedded(input_ids)
+        self._decoder.place(np.arange(self.batch), self.filled, self.batch)
         self.loops_run = 0
 
     def next_loop(self) -> tuple[Floats, Floats]:

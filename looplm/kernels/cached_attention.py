@@ -51,7 +51,7 @@ def _add_weighted(kind, values, keys, channels, weight, out):
 def _attend_few(plan, own, slot, b, g, row, keys):
     """All query heads of a group, one position.  Keys and values are read once."""
     kind, channels, heads, groups = plan[field.CACHE_KIND], plan[field.CHANNELS], plan[field.HEADS], plan[field.GROUPS]
-    first = longs_at(plan[field.START], plan[field.BATCH])[b]
+    first = longs_at(plan[field.START], plan[field.CACHE_BATCH])[b]
     per_group, total, count = heads // groups, heads + 2 * groups, keys - first
     query = plan[field.QKV] + 4 * channels * (row * total + g * per_group)
     out = plan[field.ATTENTION] + 4 * channels * (row * heads + g * per_group)
@@ -82,13 +82,13 @@ def _attend_few(plan, own, slot, b, g, row, keys):
 
 
 @njit
-def _attend_many(plan, own, slot, b, g):
-    """All query heads of a group, all new positions, through register tiles."""
+def _attend_many(plan, own, slot, block, b, g, filled):
+    """All query heads of a group, all new positions of a block, through register tiles."""
     kind, channels, length, heads = plan[field.CACHE_KIND], plan[field.CHANNELS], plan[field.LENGTH], plan[field.HEADS]
     per_group, total, keys = (
         heads // plan[field.GROUPS],
         heads + 2 * plan[field.GROUPS],
-        plan[field.FILLED] + plan[field.LENGTH],
+        filled + plan[field.LENGTH],
     )
     size = row_bytes(kind, channels)
     place = ((slot * plan[field.CACHE_BATCH] + b) * plan[field.GROUPS] + g) * plan[field.CAPACITY]
@@ -101,37 +101,46 @@ def _attend_many(plan, own, slot, b, g):
                 wide[i] = widen16(words[i])
         key_floats, value_floats, used = buffer, buffer + 4 * keys * channels, 2 * keys * channels
         buffer += 4 * used
-    first = plan[field.QKV] + 4 * channels * (b * length * total)
+    first = plan[field.QKV] + 4 * channels * (block * length * total)
     q = floats_at(first, length * total * channels).reshape((1, length, total, channels))
-    out = plan[field.ATTENTION] + 4 * channels * (b * length * heads)
+    out = plan[field.ATTENTION] + 4 * channels * (block * length * heads)
     y = floats_at(out, length * heads * channels).reshape((1, length, heads, channels))
     k = floats_at(key_floats, keys * channels).reshape((1, keys, 1, channels))
     v = floats_at(value_floats, keys * channels).reshape((1, keys, 1, channels))
     lse = floats_at(own + plan[field.LSE], length * per_group).reshape((1, length, per_group))
     some = slice(g * per_group, (g + 1) * per_group)
-    start = longs_at(plan[field.START], plan[field.BATCH])[b : b + 1]
+    start = longs_at(plan[field.START], plan[field.CACHE_BATCH])[b : b + 1]
     _attend(y[:, :, some], lse, q[:, :, some], k, v, keys, start, floats_at(buffer, plan[field.SCORES_SIZE] - used))
+
+
+@njit
+def _place(places, row, layer):
+    """Where a row's keys and values go -> slot, row of the cache, position."""
+    at = row * field.ROW_SIZE
+    return places[at + field.ROW_SLOT] + layer, places[at + field.ROW_B], places[at + field.ROW_POSITION]
 
 
 @Routine
 def attend(plan_at, own, layer, first, last):
-    """Turn queries and keys, append keys and values, attend: key/value heads first to last."""
+    """Turn queries and keys, append keys and values, attend: key/value heads first to last.
+
+    Each row goes where the plan's places say, and attends to the positions up to its own in the slot it is appended to.
+    Long blocks (`LENGTH` rows each) must be consecutive positions of one cache row in one loop.
+    """
     plan = longs_at(plan_at, field.FIRST_LAYER)
     channels, heads, groups, length = plan[field.CHANNELS], plan[field.HEADS], plan[field.GROUPS], plan[field.LENGTH]
     per_group, total = heads // groups, heads + 2 * groups
-    half, kind, slot = channels // 2, plan[field.CACHE_KIND], plan[field.FIRST_SLOT] + layer
-    rows = plan[field.BATCH] * length
+    half, kind = channels // 2, plan[field.CACHE_KIND]
+    rows, start = plan[field.BATCH] * length, longs_at(plan[field.START], plan[field.CACHE_BATCH])
     qkv = floats_at(plan[field.QKV], rows * total * channels)
-    end = (plan[field.FILLED] + length) * half
-    cos, sin, start = (
-        floats_at(plan[field.COS], end),
-        floats_at(plan[field.SIN], end),
-        longs_at(plan[field.START], plan[field.BATCH]),
-    )
+    places, highest = longs_at(plan[field.PLACES], rows * field.ROW_SIZE), 0
+    for row in range(rows):
+        highest = max(highest, places[row * field.ROW_SIZE + field.ROW_POSITION])
+    cos, sin = floats_at(plan[field.COS], (highest + 1) * half), floats_at(plan[field.SIN], (highest + 1) * half)
     for g in range(first, last):
         for row in range(rows):
-            b, at = row // length, row * total * channels
-            where = plan[field.FILLED] + row % length
+            slot, b, where = _place(places, row, layer)
+            at = row * total * channels
             angle = max(0, where - start[b]) * half
             for head in range(g * per_group, (g + 1) * per_group):
                 turn_head(qkv, at + head * channels, half, cos, sin, angle, _ONE)
@@ -140,11 +149,13 @@ def attend(plan_at, own, layer, first, last):
             _append(kind, plan[field.KEYS], place, qkv[at + (heads + g) * channels :], channels)
             _append(kind, plan[field.VALUES], place, qkv[at + (heads + groups + g) * channels :], channels)
         if length > FEW_ROWS:
-            for b in range(plan[field.BATCH]):
-                _attend_many(plan, own, slot, b, g)
+            for block in range(plan[field.BATCH]):
+                slot, b, where = _place(places, block * length, layer)
+                _attend_many(plan, own, slot, block, b, g, where)
         else:
             for row in range(rows):
-                _attend_few(plan, own, slot, row // length, g, row, plan[field.FILLED] + row % length + 1)
+                slot, b, where = _place(places, row, layer)
+                _attend_few(plan, own, slot, b, g, row, where + 1)
     return 0
 
 

@@ -1,6 +1,7 @@
 """One loop of the model over a few rows or many, in one compiled call that all threads of a team work on together.
 
-Rows are M = B * S new positions of B sequences, one position after the other.  Each thread computes a share of every
+Rows are M = B * S new positions: B blocks of S consecutive ones; short blocks may be of any loops, since loops share
+their weights.  Each thread computes a share of every
 product's outputs and of the heads, and all norms, so that threads meet four times a layer.  A few rows are multiplied
 with the weights as they lie in memory; many go through register tiles, a block of weights widened at a time.  A row's
 result does not depend on other rows or on threads, within either way.

@@ -3,8 +3,10 @@
 Python fills it in (looplm/decoder.py), kernels read it.  Every field is an int64.
 """
 
-# The plan's numbers.  What a call is about:
-(COMMAND, FIRST_SLOT, BATCH, LENGTH, FILLED, X, OUT, GATE_LOGIT) = range(8)
+# The plan's numbers.  What a call is about; PLACES is the address of ROW_SIZE numbers for each row:
+(COMMAND, BATCH, LENGTH, X, OUT, GATE_LOGIT, PLACES) = range(7)
+# the first slot of its loop, its row of the cache, and its position there.
+(ROW_SLOT, ROW_B, ROW_POSITION, ROW_SIZE) = range(4)
 # The model's shape:
 (WIDTH_D, HEADS, GROUPS, CHANNELS, FEED_FORWARD, LAYERS, VOCABULARY) = range(8, 15)
 # Key/value cache, and tables for rotary positions:
