@@ -1,4 +1,5 @@
-"""Tile registers (AMX), proved on processors that have none: emulated, compiled for one that has, and trapped."""
+"""Special instructions, proved on processors that lack them: compiled for one that has them; tile registers (AMX) also
+emulated, and trapped."""
 
 import json
 import os
@@ -27,6 +28,18 @@ matrix, words, line = "f4[:,::1]", "u4[::1]", "f4[::1]"
 tiles._multiply.compile(f"void({{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}}, {{words}})")
 tiles._accumulate_outer.compile(f"void({{', '.join([matrix] * 3 + [words] * 3 + [line, words])}})")
 for kernel in (tiles._multiply, tiles._accumulate_outer):
+    (assembly,) = kernel.inspect_asm().values()
+    print(assembly, end="=====")
+"""
+
+COMPILE_PAIRS = f"""
+import trapped_tiles
+trapped_tiles.pretend("sapphirerapids", {SAPPHIRE_RAPIDS!r})
+from looplm.kernels.product import pairs
+matrix, words, line = "f4[:,::1]", "u4[::1]", "f4[::1]"
+pairs._multiply.compile(f"void({{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}})")
+pairs._accumulate_outer.compile(f"void({{matrix}}, {{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}})")
+for kernel in (pairs._multiply, pairs._accumulate_outer):
     (assembly,) = kernel.inspect_asm().values()
     print(assembly, end="=====")
 """
@@ -103,6 +116,13 @@ def test_compiled_for_a_processor_with_tiles_they_are_used(tmp_path: pathlib.Pat
     for assembly in (multiply, accumulate):
         for instruction in ("ldtilecfg", "tilezero", "tileloadd", "tdpbf16ps", "tilestored", "tilerelease"):
             assert f"\t{instruction}" in assembly, instruction
+
+
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the compiler is that of another processor")
+def test_compiled_for_a_processor_with_dot_products_they_are_used(tmp_path: pathlib.Path) -> None:
+    multiply, accumulate, _ = in_a_process(tmp_path, "-c", COMPILE_PAIRS).split("=====")
+    for assembly in (multiply, accumulate):
+        assert "\tvdpbf16ps" in assembly
 
 
 @pytest.mark.skipif(not TRAPS, reason="instructions are trapped on Linux on x86-64")

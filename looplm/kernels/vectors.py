@@ -38,11 +38,17 @@ WIDTH, TILE_ROWS = _registers()
 TILE_COLUMNS = WIDTH * _VECTORS
 
 
-class _Bfloat(ir.FloatType):
-    """LLVM's type of that name, which llvmlite does not spell."""
+class _Bfloat(ir.Type):
+    """LLVM's type of that name, which llvmlite does not spell.  (Its own float types are one instance each.)"""
 
-    def __str__(self):
+    def _to_string(self):
         return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, _Bfloat)
+
+    def __hash__(self):
+        return hash(_Bfloat)
 
 
 def _numbers(builder, loaded, emission):
