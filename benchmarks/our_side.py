@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-from benchmarks.side_by_side import CONFIGS, LOOPS, Answer, BenchmarkError, peak_mib, serve
+from benchmarks.side_by_side import CONFIGS, LOOPS, Answer, BenchmarkError, forget_peak, peak_mib, serve
 from looplm import kernels
 from looplm.arrays import Ints
 from looplm.config import ModelConfig
@@ -211,6 +211,7 @@ def main() -> None:
             require_contract(args.threads)
             path = product_path(config)
             require_products(path, model_config(sizes))
+            forget_peak()  # of verification, which is not training
             rounds = Rounds(sizes, config, args.round_seconds, args.time_attention)
         except LoopLMError as error:
             raise BenchmarkError(str(error), error.hint) from error
