@@ -11,10 +11,10 @@ first         the same with the first loop
 exact         what `full` finds, though nothing is computed before it is needed (`Deferred`)
 """
 
+import numpy as np
+
 from .model import Cache, LoopLM, Place
 from .ops import Array
-
-import numpy as np
 
 KeyValue = tuple[Array, Array]  # of one position: GK each
 

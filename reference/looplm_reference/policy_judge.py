@@ -122,10 +122,13 @@ class _RowSkipped(Deferred):
 
 
 class _WrongState(Deferred):
-    """Catches up from the embedding of the latest token instead of the state it stopped with."""
+    """Catches up from the embedding instead of the state that the token stopped with."""
 
-    def leave(self, exit_at: int, x: Array) -> None:
-        super().leave(exit_at, np.roll(x, 1, axis=-1))
+    def advance(self, token: int, exit_at: int) -> Array:
+        hidden = super().advance(token, exit_at)
+        for position in self.waiting.keys() & {self.filled - 1}:
+            self.waiting[position] = exit_at + 1, self.embedded(np.array([token]))
+        return hidden
 
 
 class _WrongPosition(Deferred):
@@ -173,18 +176,6 @@ class _PromptNotUnited(Shared):
         Full.read(self, prompt)
 
 
-class _OwnNotSeen(Shared):
-    """A loop sees what earlier loops of this token left, not its own keys and values."""
-
-    def enter(self, r: int, x: Array) -> Array:
-        before = [dict(slots) for slots in self.slots(0)]
-        state = super().enter(r, x)
-        if r and self.model.loops > 1:
-            for mine, one in zip(self.slots(r), before, strict=True):
-                mine[self.filled] = one[self.filled]
-        return state
-
-
 class _AverageOverAllSlots(SharedAverage):
     """Divides by the loops of the model, not by those that ran."""
 
@@ -192,10 +183,6 @@ class _AverageOverAllSlots(SharedAverage):
         keys, values = super().choose(by_loop)
         share = len(by_loop) / self.model.loops
         return keys * share, values * share
-
-
-class _EarlyExits(LastExited):
-    """`full` that stops early."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -214,7 +201,7 @@ class Mutant:
 
 
 MUTANTS = (
-    Mutant("full", "a token stops early", _EarlyExits),
+    Mutant("full", "a token stops early", LastExited),
     Mutant("last-exited", "deeper slots left empty", _DeeperLeftEmpty),
     Mutant("last-exited", "copied from the first loop", _CopiedFromTheFirst),
     Mutant("exact", "nothing is caught up", _NothingDeferred),
