@@ -1,10 +1,10 @@
 """Deferred loops: what an early exit left out is computed when a later token needs it, many tokens in one pass.
 
-A token that stops at loop e keeps its state after it.  When a later token enters loop d, every position that waits with
-d loops behind it runs loop d in the same pass over the weights: all append their keys and values, then each attends to
-the positions up to its own.  Earlier positions have never run fewer loops than later ones, so one pass is enough, and no
-loop of a token is ever computed twice.  A row of a pass is the same to the bit as alone, so the keys, values and states
-are those of running every loop for every token.
+A token that stops early keeps its state after the last loop it ran.  When a later token enters loop d, every position
+that waits with d loops behind it runs loop d in the same pass over the weights: all append their keys and values, then
+each attends to the positions up to its own.  Earlier positions have never run fewer loops than later ones, so one pass
+is enough, and no loop of a token is ever computed twice.  A row of a pass is the same to the bit as alone, so keys,
+values and states are those of running every loop for every token.
 """
 
 from typing import NamedTuple

@@ -30,9 +30,12 @@ class Given:
 
 
 class EnginePolicies:
-    """Rows decode in lockstep, as a batch does; a single one as `generate` does."""
+    """Rows decode in lockstep, as a batch does, or one after the other, as `generate` does it."""
 
     name = "engine"
+
+    def __init__(self, together: bool) -> None:
+        self.together = together
 
     def decoded(
         self,
@@ -46,20 +49,29 @@ class EnginePolicies:
     ) -> Floats:
         weights = Weights.from_tensors(model_config_from_json(config, "the judge's model"), tensors)
         known = next(each for each in POLICIES if each == policy)
-        session = Session(weights, batch=len(input_ids), policy=known, max_deferred=max_deferred, capacity=1)
-        session.feed(np.ascontiguousarray(input_ids[:, :prompt]))
-        states = []
-        for column, exits in zip(np.ascontiguousarray(input_ids[:, prompt:].T), exit_at, strict=True):
-            session.advance(column, Given(exits))
-            states.append(session.hidden.copy())
-        return np.stack(states, axis=2)
+        batch, found = len(input_ids), []
+        for rows in [slice(batch)] if self.together else [slice(b, b + 1) for b in range(batch)]:
+            session = Session(weights, batch=len(input_ids[rows]), policy=known, max_deferred=max_deferred, capacity=1)
+            found.append(_decode(session, np.ascontiguousarray(input_ids[rows]), prompt, exit_at[:, rows]))
+        return np.concatenate(found, axis=1)
+
+
+def _decode(session: Session, input_ids: Ints, prompt: int, exit_at: Ints) -> Floats:
+    session.feed(np.ascontiguousarray(input_ids[:, :prompt]))
+    states = []
+    for column, exits in zip(np.ascontiguousarray(input_ids[:, prompt:].T), exit_at, strict=True):
+        session.advance(column, Given(exits))
+        states.append(session.hidden.copy())
+    return np.stack(states, axis=2)
 
 
 def policy_checks() -> Iterator[tuple[str, list[Row]]]:
     """Every policy on every model of the judge: name, and its comparisons."""
     for policy in POLICIES:
-        for name in MODELS:
-            yield f"{name}: {policy}", list(policy_judge.compare(EnginePolicies(), policy, name))
+        for together in (False, True):
+            candidate, rows = EnginePolicies(together), "a batch" if together else "single rows"
+            found = [row for name in MODELS for row in policy_judge.compare(candidate, policy, name)]
+            yield f"{policy}, {rows}", found
 
 
 def policy_mutants() -> Iterator[tuple[str, Row | None]]:

@@ -24,8 +24,8 @@ BOUNDS = (2, 5, 16)  # of the tokens that wait under `exact`
 class Candidate(Protocol):
     """What is judged.
 
-    `decoded` reads the first `prompt` of input_ids (BS) and decodes the rest, of which token s of row b is read after loop
-    exit_at[s - prompt, b] (from 0) -> hidden: RB(S - prompt)D; what lies beyond an exit is not looked at.
+    `decoded` reads the first `prompt` of input_ids (BS) and decodes the N after them; the n-th of row b is read after
+    loop exit_at[n, b] (from 0) -> hidden: RBND; what lies beyond an exit is not looked at.
     """
 
     name: str
