@@ -85,6 +85,23 @@ def test_full_keys_and_values_save_nothing(model: pathlib.Path) -> None:
     assert report["exits"][0] > 0
 
 
+def test_exact_writes_what_full_writes_and_saves_loops(model: pathlib.Path) -> None:
+    full, exact = (report_of(*words("--q", 0.3, "-n", 30, "--cache", name, model=model)) for name in ("full", "exact"))
+    for key in ("text", "exits", "tokens"):
+        assert exact[key] == full[key]
+    assert exact["mean_loops"] < full["mean_loops"]
+    assert exact["kv"] == "exact"
+    bounded = report_of(*words("--q", 0.3, "-n", 30, "--cache", "exact", "--max-deferred", 2, model=model))
+    assert bounded["text"] == full["text"]
+
+
+@pytest.mark.parametrize("policy", ["shared-last", "average", "first"])
+def test_one_slot_for_all_loops_writes_something_else(model: pathlib.Path, policy: str) -> None:
+    full, shared = (report_of(*words("-n", 30, "-t", 0, "--cache", name, model=model)) for name in ("full", policy))
+    assert shared["tokens"] == full["tokens"]
+    assert shared["text"] != full["text"]
+
+
 def test_a_fixed_depth_and_more_loops_than_trained(model: pathlib.Path) -> None:
     assert report_of(*words("--loops", 2, model=model))["exits"] == [0.0, 1.0, 0.0, 0.0]
     assert report_of(*words("--loops", 2, model=model))["loops_saved"] == 0.5
@@ -184,7 +201,10 @@ def test_an_interrupt_leaves_the_text_and_the_account(model: pathlib.Path, monke
     [
         (["-p", "a" * 70], 1, "the prompt has 70 tokens, but the model's context is 64"),
         (["--stop", ""], 2, "a stop string is empty"),
-        (["--kv", "shared"], 2, "--kv 'shared' is not known"),
+        (["--cache", "shared"], 2, "--cache 'shared' is not known"),
+        (["--cache", "exact", "--max-deferred", "0"], 2, "0 tokens cannot wait for their deeper loops"),
+        (["--cache", "exact", "--max-deferred", "24"], 2, "24 tokens cannot wait for their deeper loops"),
+        (["--max-deferred", "3"], 2, "--max-deferred 3: nothing waits under --cache last-exited"),
         (["--weights", "int3"], 2, "--weights 'int3' is not known"),
         (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
         (["--threads", "0"], 2, "0 is not in the range"),

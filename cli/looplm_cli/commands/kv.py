@@ -22,9 +22,9 @@ from looplm_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from looplm.arrays import Ints
     from looplm.policies import PolicyFigures
-    from looplm_cli.held_out import HeldOut
+
+WIDE = 100  # columns from which intervals and ratios are shown
 
 
 def kv(
@@ -60,11 +60,9 @@ def kv(
 
     [bold]looplm kv --q 0.5[/bold]
     """
-    import numpy as np
-
     from looplm.generation import useful_threads
     from looplm.policies import figures, walk_all
-    from looplm_cli.held_out import held_out
+    from looplm_cli.held_out import held_out, pieces
     from looplm_cli.inputs import check_loops, chosen_rule, deferred_bound, key_value_type, open_stored, refuse_task
     from looplm_cli.render import Progress, print_json, say
 
@@ -74,7 +72,8 @@ def kv(
     depth = rule.deepest(opened.config.total_ut_steps)
     check_loops(opened, None if depth == opened.config.total_ut_steps else depth)
     data = held_out(opened, corpus or [], seq_len, 16, encoding, errors)
-    texts, prompt = _texts(data, windows, prompt_tokens)
+    texts = pieces(data.batches, windows)
+    prompt = _prompt(len(texts[0]), prompt_tokens)
     if told and not quiet:
         say(told)
     options: dict[str, Any] = {"max_deferred": bound, "kv_dtype": cache_dtype}
@@ -88,7 +87,7 @@ def kv(
         "data": data.name,
         "windows": len(texts),
         "prompt_tokens": prompt,
-        "tokens": int(sum(np.size(walk.loss) for walk in walks["full"])),
+        "tokens": sum(walk.loss.size for walk in walks["full"]),
         "q": q,
         "exit": str(rule),
         "loops": depth,
@@ -102,25 +101,17 @@ def kv(
         _print(report)
 
 
-def _texts(data: "HeldOut", windows: int, prompt_tokens: int | None) -> "tuple[list[Ints], int]":
-    """Pieces of equal length from all over the text, and how much of each is the prompt.
-
-    Raises: UsageError for a prompt that leaves nothing to decode.
-    """
-    import numpy as np
-
+def _prompt(length: int, wish: int | None) -> int:
+    """How many tokens of each piece are the prompt.  Raises: UsageError if that leaves nothing to decode."""
     from looplm.errors import UsageError
 
-    length = data.batches[0].input_ids.shape[1]
-    rows = np.concatenate([batch.input_ids for batch in data.batches if batch.input_ids.shape[1] == length])
-    prompt = max(1, length // 4) if prompt_tokens is None else prompt_tokens
+    prompt = max(1, length // 4) if wish is None else wish
     if prompt > length - 2:
         raise UsageError(
             f"a prompt of {prompt} tokens leaves none to decode of pieces of {length}",
             f"use at most --prompt-tokens {length - 2}" if length > 2 else "give a longer text",
         )
-    chosen = np.unique(np.linspace(0, len(rows) - 1, windows).astype(int))
-    return [rows[i] for i in chosen], prompt
+    return prompt
 
 
 def _policy(found: "PolicyFigures", full: "PolicyFigures") -> dict[str, Any]:
@@ -149,33 +140,29 @@ def _print(report: dict[str, Any]) -> None:
         markup=False,
         soft_wrap=True,
     )
+    wide = stdout().width >= WIDE
     rows = [
         [
             each["policy"],
-            f"{each['bytes_per_token']:,}",
-            f"{each['memory_reduction']:.2f}",
+            f"{each['bytes_per_token']:,}" + (f" ÷ {each['memory_reduction']:.3g}" if wide else ""),
             f"{each['loss']:.4f}",
-            _change(each),
+            f"{each['loss_change']:+.4f}" + (f" ±{_interval(each)}" if wide else ""),
             f"{100 * each['agreement']:.1f} %",
             f"{each['mean_loops']:.2f}",
             f"{each['passes']:.2f}",
-            f"{each['tokens_per_s']:,.0f}",
-            f"{each['speed']:.2f}",
+            f"{each['tokens_per_s']:,.0f}" + (f" × {each['speed']:.2f}" if wide else ""),
         ]
         for each in report["policies"]
     ]
-    heads = ["policy", "bytes/token", "÷", "loss", "change", "as full", "loops", "passes", "tokens/s", "×"]
-    print_table(heads, rows)
+    print_table(["policy", "bytes/token", "loss", "change", "as full", "loops", "passes", "tokens/s"], rows)
     say(
-        "÷: memory saved; change of the loss and its 95 % interval; as full: same best token; passes: over the "
-        "weights, per token; ×: speed against full",
+        "against full: change of the loss"
+        + (" with its 95 % interval, " if wide else ", ")
+        + "share of tokens with the same best next token; loops: until a token is predicted; passes: over the weights, "
+        "per token",
         markup=False,
     )
 
 
-def _change(each: dict[str, Any]) -> str:
-    from looplm_cli.render import stdout
-
-    interval = each["loss_interval"]
-    width = "" if interval is None or stdout().width < 100 else f" ±{interval:.4f}"
-    return f"{each['loss_change']:+.4f}{width}"
+def _interval(each: dict[str, Any]) -> str:
+    return "?" if each["loss_interval"] is None else f"{each['loss_interval']:.4f}"
