@@ -15,7 +15,7 @@ from .contract import Row, first_failure, relative_error
 from .judge import MODELS, TOLERANCE, random_tensors
 from .model import LoopLM
 from .ops import Array
-from .policies import POLICIES, Deferred, Full, KeyValue, LastExited, Shared, SharedAverage, SharedFirst
+from .policies import POLICIES, Deferred, Full, Kept, KeyValue, LastExited, Shared, SharedAverage, SharedFirst
 
 BATCH, PROMPT, DECODED = 2, 5, 12
 BOUNDS = (2, 5, 16)  # of the tokens that wait under `exact`
@@ -176,6 +176,21 @@ class _PromptNotUnited(Shared):
         Full.read(self, prompt)
 
 
+class _OwnNotSeen(Shared):
+    """A token that is decoded sees the past alone, not its own keys and values."""
+
+    def __init__(self, model: LoopLM) -> None:
+        super().__init__(model)
+        self.kept = _PastAlone()
+
+
+class _PastAlone(Kept):
+    def store(self, slot: int, k: Array, v: Array) -> tuple[Array, Array]:
+        keys, values = super().store(slot, k, v)
+        own = int(k.shape[1] == 1)
+        return keys[:, : keys.shape[1] - own], values[:, : values.shape[1] - own]
+
+
 class _AverageOverAllSlots(SharedAverage):
     """Divides by the loops of the model, not by those that ran."""
 
@@ -211,6 +226,7 @@ MUTANTS = (
     Mutant("exact", "caught up latest first", _LatestFirst),
     Mutant("exact", "the bound skips a loop", _BoundSkipsALoop),
     Mutant("shared-last", "the prompt keeps its first loop", _PromptNotUnited),
+    Mutant("shared-last", "own keys and values not seen", _OwnNotSeen),
     Mutant("shared-last", "first kept instead of last", SharedFirst),
     Mutant("shared-last", "slots never become one", LastExited),
     Mutant("average", "last kept instead of the mean", Shared),
