@@ -14,7 +14,7 @@ from .chat_template import ChatTemplate, Message
 from .deferral import MAX_DEFERRED
 from .errors import DataError
 from .exits import ExitRule
-from .generation import PREALLOCATED, Generated, Session, check_memory, check_prompt, continue_session, rewind
+from .generation import PREALLOCATED, Generated, Session, check_policy_memory, check_prompt, continue_session, rewind
 from .sampling import Sampling
 from .stored import StoredWeights
 from .text import Tokenizer
@@ -86,7 +86,7 @@ class Conversation:
         check_prompt(ids, self._weights.config)
         loops = rule.deepest(self._weights.config.total_ut_steps)
         longest = min(ids.size + max_new_tokens, context)
-        check_memory(self._weights.config, loops, ids.size, longest, self._kv_dtype, policy)
+        check_policy_memory(self._weights.config, loops, ids.size, longest, self._kv_dtype, policy)
         return self._answer(asked, ids, rule, rng, sampling, max_new_tokens, policy)
 
     def _answer(

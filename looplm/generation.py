@@ -179,15 +179,7 @@ def useful_threads(weights: StoredWeights) -> int:
     return available_threads() if weights.bytes_per_token >= WORTH_SHARING else 1
 
 
-def check_memory(
-    config: ModelConfig, loops: int, prompt: int, positions: int, kv_dtype: KeyValueType, policy: Policy
-) -> None:
-    """Raises: DataError if keys and values of all positions in the end, or of the prompt, do not fit into memory."""
-    _check_fits(config, kept_loops(policy, loops), positions, kv_dtype)
-    _check_fits(config, loops, prompt, kv_dtype)
-
-
-def _check_fits(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
+def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
     available, needed = available_memory(), positions * key_value_bytes(config, loops, kv_dtype)
     if available is not None and needed > SHARE * (available - (resident() or 0)):
         raise DataError(
@@ -195,6 +187,14 @@ def _check_fits(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyVa
             f"than {SHARE:.0%} of the {(available - (resident() or 0)) / GIB:.1f} GiB free",
             "ask for fewer tokens or loops" + (", or keep them in bfloat16" if kv_dtype == "float32" else ""),
         )
+
+
+def check_policy_memory(
+    config: ModelConfig, loops: int, prompt: int, positions: int, kv_dtype: KeyValueType, policy: Policy
+) -> None:
+    """The same under a policy: for all positions in the end, and for the prompt, which takes slots for every loop."""
+    check_memory(config, kept_loops(policy, loops), positions, kv_dtype)
+    check_memory(config, loops, prompt, kv_dtype)
 
 
 def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
@@ -239,7 +239,7 @@ def generate(
     chosen = Sampling() if sampling is None else sampling
     config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
     longest = min(prompt_ids.size + max_new_tokens, config.max_position_embeddings)
-    check_memory(config, loops, prompt_ids.size, longest, kv_dtype, policy)
+    check_policy_memory(config, loops, prompt_ids.size, longest, kv_dtype, policy)
     capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
     session = Session(
         weights,

@@ -256,6 +256,19 @@ def test_a_cache_that_cannot_fit_is_refused(model: pathlib.Path, monkeypatch: py
     assert hint == "hint: ask for fewer tokens or loops, or keep them in bfloat16"
 
 
+def test_sharing_fits_where_slots_of_their_own_do_not(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 23_000  # of which 80 % hold 64 tokens of 256 bytes, or 15 of 1,024, but not 64 of these
+    monkeypatch.setattr("looplm.generation.resident", lambda: 0)
+    monkeypatch.setattr("looplm.generation.available_memory", lambda: free)
+    assert report_of(*words("--cache", "shared-last", model=model))["tokens"] > 0
+    assert "64 tokens in 4 loops" in looplm(*words(model=model), code=1, width=300)[1]
+    free = 18_000
+    error = looplm(*words("--cache", "first", model=model), code=1, width=300)[1].splitlines()[0]
+    assert error.startswith("error: keys and values of 64 tokens in 1 loops take")
+    error = looplm(*words("--cache", "first", "-n", 1, model=model), code=1, width=300)[1].splitlines()[0]
+    assert error.startswith("error: keys and values of 15 tokens in 4 loops take")
+
+
 def test_a_task_model_is_no_language_model(tmp_path: pathlib.Path) -> None:
     hops_model(tmp_path / "hops")
     _, err = looplm("generate", "-m", tmp_path / "hops", "-p", "1ab", code=1)
