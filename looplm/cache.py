@@ -3,13 +3,17 @@
 Slot loop * L + layer holds what that layer computed in that loop.  A position that stopped after loop e never computed
 the deeper loops' keys and values; what later positions find there is the policy:
 
-last-exited   the keys and values of the loop it stopped at, copied: depth d reads those of loop min(d, e)
 full          every loop's own, so every loop has to run; stopping only chooses which state is read
+exact         every loop's own as well, computed when a later position needs them (deferral.py)
+last-exited   the keys and values of the loop it stopped at, copied: depth d reads those of loop min(d, e)
+shared-last   one slot for all loops (sharing.py): what the last loop run left,
+average       the mean over the loops run,
+first         or what the first loop left
 
-Knowingly not here: sharing one slot among the loops, or keeping fewer than all positions.
+Knowingly not here: keeping fewer than all positions.
 """
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 
@@ -17,10 +21,16 @@ from .arrays import Array, Ints, aligned_empty
 from .config import ModelConfig
 from .kernels.streams import BFLOAT16, FLOAT32
 
-Policy = Literal["last-exited", "full"]
+Policy = Literal["full", "exact", "last-exited", "shared-last", "average", "first"]
 POLICIES: tuple[Policy, ...] = get_args(Policy)
+SHARED: tuple[Policy, ...] = ("shared-last", "average", "first")
 KeyValueType = Literal["float32", "bfloat16"]
 KEY_VALUE_TYPES: tuple[KeyValueType, ...] = get_args(KeyValueType)
+
+
+def kept_loops(policy: Policy, loops: int) -> int:
+    """How many loops' keys and values stay of a position, of `loops`."""
+    return 1 if policy in SHARED else loops
 
 
 class KeyValueCache:
@@ -42,9 +52,9 @@ class KeyValueCache:
         self.batch, self.loops, self.layers, self.policy = batch, loops, config.num_hidden_layers, policy
         self.filled = 0
         self.dtype = dtype
-        self._heads = (loops * self.layers, batch, config.num_key_value_heads)
+        self._heads = (batch, config.num_key_value_heads)
         self._channels = config.head_dim
-        self.keys, self.values = self._empty(max(1, capacity)), self._empty(max(1, capacity))
+        self.keys, self.values = (self._empty(loops, max(1, capacity)) for _ in range(2))
 
     @property
     def kind(self) -> int:
@@ -54,16 +64,16 @@ class KeyValueCache:
     def capacity(self) -> int:
         return self.keys.shape[3]
 
-    def _empty(self, capacity: int) -> Array:
-        shape = (*self._heads, capacity, self._channels)
+    def _empty(self, loops: int, capacity: int) -> Array:
+        shape = (loops * self.layers, *self._heads, capacity, self._channels)
         return aligned_empty(shape) if self.dtype == "float32" else np.empty(shape, np.uint16)
 
-    def first_slot(self, loop: int) -> int:
-        """The slot of a loop's first layer; those of its other layers follow."""
+    def first_slot(self, loop: Any) -> Any:
+        """The slot of a loop's first layer, or of several loops' (an array); those of the other layers follow."""
         return loop * self.layers
 
-    def reserve(self, positions: int) -> bool:
-        """Make room for that many more positions; True if memory moved."""
+    def reserve(self, positions: int, fed: bool = False) -> bool:
+        """Make room for that many more positions; True if memory moved.  `fed`: all loops will run over all of them."""
         return self.grow(self.filled + positions)
 
     def grow(self, positions: int) -> bool:
@@ -72,10 +82,13 @@ class KeyValueCache:
         if positions <= held:
             return False
         for name in ("keys", "values"):
-            grown = self._empty(max(positions, 2 * held))
+            grown = self._empty(len(getattr(self, name)) // self.layers, max(positions, 2 * held))
             grown[..., :held, :] = getattr(self, name)
             setattr(self, name, grown)
         return True
+
+    def ran(self, r: int) -> None:
+        """Loop r has run over the one position in progress."""
 
     def append(self, positions: int) -> None:
         """Count positions that every loop has written."""

@@ -11,9 +11,10 @@ import numpy as np
 from .arrays import Ints
 from .cache import KeyValueType, Policy
 from .chat_template import ChatTemplate, Message
+from .deferral import MAX_DEFERRED
 from .errors import DataError
 from .exits import ExitRule
-from .generation import PREALLOCATED, Generated, Session, check_memory, check_prompt, continue_session, rewind
+from .generation import PREALLOCATED, Generated, Session, check_policy_memory, check_prompt, continue_session, rewind
 from .sampling import Sampling
 from .stored import StoredWeights
 from .text import Tokenizer
@@ -38,6 +39,7 @@ class Conversation:
         *,
         system: str | None = None,
         think: bool | None = None,
+        max_deferred: int = MAX_DEFERRED,
         kv_dtype: KeyValueType = "float32",
         threads: int = 1,
     ) -> None:
@@ -48,7 +50,7 @@ class Conversation:
         self.prompt_tokens = self.cached_tokens = 0
         self._weights, self._tokenizer, self._template = weights, tokenizer, template
         self._stop_ids, self._think = frozenset(stop_ids), think
-        self._kv_dtype, self._threads = kv_dtype, threads
+        self._max_deferred, self._kv_dtype, self._threads = max_deferred, kv_dtype, threads
         self._session: Session | None = None
         self._read: list[int] = []  # the ids whose first `session.filled` are in the cache
 
@@ -83,7 +85,8 @@ class Conversation:
             )
         check_prompt(ids, self._weights.config)
         loops = rule.deepest(self._weights.config.total_ut_steps)
-        check_memory(self._weights.config, loops, min(ids.size + max_new_tokens, context), self._kv_dtype)
+        longest = min(ids.size + max_new_tokens, context)
+        check_policy_memory(self._weights.config, loops, ids.size, longest, self._kv_dtype, policy)
         return self._answer(asked, ids, rule, rng, sampling, max_new_tokens, policy)
 
     def _answer(
@@ -135,6 +138,7 @@ class Conversation:
                 loops=loops,
                 capacity=capacity,
                 policy=policy,
+                max_deferred=self._max_deferred,
                 kv_dtype=self._kv_dtype,
                 threads=self._threads,
             )

@@ -57,7 +57,7 @@ class Decoder:
         x: MD, the state before the loop -> out: MD, gate_logit: M.  All contiguous; placed as `place` said last.
         Several positions of one row of the cache may run one loop together: they see each other as they would apart.
         """
-        self._places[: len(loops), field.ROW_SLOT] = loops * self._cache.layers
+        self._places[: len(loops), field.ROW_SLOT] = self._cache.first_slot(loops)
         at = (x.ctypes.data, out.ctypes.data, gate_logit.ctypes.data)
         self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, len(loops), 1, *at)
         self._team.run(self._plan)

@@ -11,14 +11,16 @@ from typing import Literal
 import numpy as np
 
 from .arrays import Floats, Ints, aligned_empty
-from .cache import KeyValueCache, KeyValueType, Policy
+from .cache import SHARED, KeyValueCache, KeyValueType, Policy, kept_loops
 from .config import ModelConfig
 from .decoder import Decoder
+from .deferral import MAX_DEFERRED, Deferral
 from .errors import DataError, UsageError
 from .exits import ExitRule, exit_index, readout_of
 from .memory import GIB, SHARE, available_memory, resident
 from .model import Trace
 from .sampling import Sampling, choose
+from .sharing import SharedCache
 from .sizes import key_value_bytes
 from .stored import StoredWeights
 from .threads import available_threads, team
@@ -48,6 +50,7 @@ class Session:
         start: Ints | None = None,
         capacity: int = 64,
         policy: Policy = "last-exited",
+        max_deferred: int = MAX_DEFERRED,
         kv_dtype: KeyValueType = "float32",
         threads: int = 1,
     ) -> None:
@@ -56,9 +59,11 @@ class Session:
         self.batch = batch
         self.loops = config.total_ut_steps if loops is None else loops
         self.start = np.zeros(batch, np.int64) if start is None else np.ascontiguousarray(start, np.int64)
-        self.cache = KeyValueCache(config, batch, self.loops, capacity, policy, kv_dtype)
+        kind = SharedCache if policy in SHARED else KeyValueCache
+        self.cache = kind(config, batch, self.loops, capacity, policy, kv_dtype)
         rows = max(batch, PREFILL_ROWS)
         self._decoder = Decoder(self.weights, self.cache, self.start, rows, team(threads))
+        self.deferral = Deferral(self._decoder, self.cache, max_deferred) if policy == "exact" else None
         self.hidden = self._decoder.states[:, :batch]
         self.gate_logit = self._decoder.gate_logit[:, :batch]
         self.loops_run = 0  # of the position in progress
@@ -74,7 +79,9 @@ class Session:
         Ids must be below vocab_size: they index memory.  Raises: DataError beyond the model's context.
         """
         length, decoder = input_ids.shape[1], self._decoder
-        self._make_room(length)
+        self._make_room(length, fed=True)
+        if self.deferral:
+            self.deferral.catch_up()
         hidden = aligned_empty((self.loops, self.batch, length, self.weights.config.hidden_size))
         chunk = max(1, PREFILL_ROWS // self.batch)
         for begin in range(0, length, chunk):
@@ -99,12 +106,18 @@ class Session:
     def next_loop(self) -> tuple[Floats, Floats]:
         """One more loop over the position in progress -> hidden: BD, gate_logit: B."""
         r = self.loops_run
-        self._decoder.run_loop(r, self.batch, 1)
+        if self.deferral:
+            self.deferral.run_loop(r)
+        else:
+            self._decoder.run_loop(r, self.batch, 1)
+        self.cache.ran(r)
         self.loops_run = r + 1
         return self.hidden[r], self.gate_logit[r]
 
     def finish(self, exit_at: Ints) -> None:
         """Append the position in progress, which row b left at loop exit_at[b] (B)."""
+        if self.deferral:
+            self.deferral.finish(self.loops_run)
         self.cache.append_exited(exit_at)
 
     def advance(self, input_ids: Ints, rule: ExitRule) -> Ints:
@@ -139,14 +152,14 @@ class Session:
                 return known
         return self._decoder.logits(self.hidden[exit_at, np.arange(self.batch)])
 
-    def _make_room(self, positions: int) -> None:
+    def _make_room(self, positions: int, fed: bool = False) -> None:
         most = self.weights.config.max_position_embeddings
         if self.filled + positions > most:
             raise DataError(
                 f"{self.filled + positions} tokens are more than the model's context of {most}",
                 "start from a shorter text",
             )
-        if self.cache.reserve(positions):
+        if self.cache.reserve(positions, fed):
             self._decoder.cache_moved()
 
 
@@ -167,7 +180,6 @@ def useful_threads(weights: StoredWeights) -> int:
 
 
 def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
-    """Raises: DataError if keys and values of so many positions do not fit into the memory there is."""
     available, needed = available_memory(), positions * key_value_bytes(config, loops, kv_dtype)
     if available is not None and needed > SHARE * (available - (resident() or 0)):
         raise DataError(
@@ -175,6 +187,14 @@ def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyV
             f"than {SHARE:.0%} of the {(available - (resident() or 0)) / GIB:.1f} GiB free",
             "ask for fewer tokens or loops" + (", or keep them in bfloat16" if kv_dtype == "float32" else ""),
         )
+
+
+def check_policy_memory(
+    config: ModelConfig, loops: int, prompt: int, positions: int, kv_dtype: KeyValueType, policy: Policy
+) -> None:
+    """The same under a policy: for all positions in the end, and for the prompt, which takes slots for every loop."""
+    check_memory(config, kept_loops(policy, loops), positions, kv_dtype)
+    check_memory(config, loops, prompt, kv_dtype)
 
 
 def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
@@ -204,6 +224,7 @@ def generate(
     max_new_tokens: int = 128,
     stop_ids: Collection[int] = (),
     policy: Policy = "last-exited",
+    max_deferred: int = MAX_DEFERRED,
     kv_dtype: KeyValueType = "float32",
     threads: int = 1,
 ) -> Iterator[Generated]:
@@ -217,9 +238,18 @@ def generate(
     check_prompt(prompt_ids, weights.config)
     chosen = Sampling() if sampling is None else sampling
     config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
-    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
+    longest = min(prompt_ids.size + max_new_tokens, config.max_position_embeddings)
+    check_policy_memory(config, loops, prompt_ids.size, longest, kv_dtype, policy)
     capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
-    session = Session(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
+    session = Session(
+        weights,
+        loops=loops,
+        capacity=capacity,
+        policy=policy,
+        max_deferred=max_deferred,
+        kv_dtype=kv_dtype,
+        threads=threads,
+    )
     return _continue(session, prompt_ids, prompt_ids[:0], rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
 
 
@@ -322,5 +352,5 @@ def continue_session(
 
 
 def rewind(session: Session, positions: int) -> None:
-    """Forget all but the first positions, which must be there."""
+    """Forget all but the first positions, which must be there; what waits among those goes on waiting."""
     session.cache.filled = min(session.filled, positions)

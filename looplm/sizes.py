@@ -1,5 +1,6 @@
 """How large a model is: parameters by part, and the memory it takes to run and to train."""
 
+from .cache import POLICIES, kept_loops
 from .config import ModelConfig
 from .weights import parameter_count, parameter_table
 
@@ -20,6 +21,11 @@ def key_value_bytes(config: ModelConfig, loops: int, dtype: str = "float32") -> 
     """Bytes of the keys and values of one position: a key and a value in every layer of every loop."""
     channels = config.num_key_value_heads * config.head_dim
     return 2 * {"float32": FLOAT_BYTES, "bfloat16": 2}[dtype] * loops * config.num_hidden_layers * channels
+
+
+def key_value_bytes_by_policy(config: ModelConfig, loops: int, dtype: str = "float32") -> dict[str, int]:
+    """Bytes of one position's keys and values under each cache policy, once it is decoded."""
+    return {policy: key_value_bytes(config, kept_loops(policy, loops), dtype) for policy in POLICIES}
 
 
 def memory(config: ModelConfig) -> dict[str, int]:

@@ -1,5 +1,7 @@
 """How long decoding takes under each exit rule, measured by turns: every rule once, then every rule again.
 
+`decode` walks one text; cache policies are measured with it, too (policies.py).
+
 Text is given, not written: a rule that writes nonsense must not be timed on nonsense.  What is measured is one whole
 step, from token to next-token logits, whatever the rule makes it compute on the way.
 """
@@ -8,6 +10,7 @@ import dataclasses
 import statistics
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +19,7 @@ from .calibration import Gate
 from .exits import ExitRule, bind
 from .generation import Session
 from .kernels import cross_entropy_forward
+from .stored import StoredWeights
 from .weights import Weights
 
 
@@ -30,6 +34,23 @@ class Decoded:
     @property
     def ms(self) -> float:
         return statistics.median(self.ms_per_token)
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One text decoded position by position: what that took and gave.  N positions, each predicting the next."""
+
+    loss: Floats  # N, nats
+    best: Ints  # N, the most likely next token
+    seconds: float
+    loops_run: float  # mean
+    passes: float  # over the weights per position, those for deferred loops alone included
+    cache_bytes: float  # of keys and values per position there is room for, as held in the end
+
+    @property
+    def ms(self) -> float:
+        """Milliseconds per position: the mean, since a median would hide the deep ones."""
+        return 1000.0 * self.seconds / len(self.loss)
 
 
 def with_gate(weights: Weights, gate: Gate) -> Weights:
@@ -50,24 +71,24 @@ def decode_by_turns(
     bound = [(weights, bind(rule, weights)) for weights, rule in competitors]
     if texts:
         for weights, rule in bound:  # kernels are loaded, memory is touched: not measured
-            _decode(weights, rule, texts[0][: prompt + 2], prompt)
+            decode(weights, rule, texts[0][: prompt + 2], prompt)
     for turn, text in enumerate(texts):
         order = range(len(bound)) if turn % 2 == 0 else range(len(bound) - 1, -1, -1)
         for index in order:
-            ms, loops_run, loss = _decode(*bound[index], text, prompt)
-            found[index].ms_per_token.append(ms)
-            found[index].loops_run.append(loops_run)
-            found[index].loss.append(loss)
+            walk = decode(*bound[index], text, prompt)
+            found[index].ms_per_token.append(walk.ms)
+            found[index].loops_run.append(walk.loops_run)
+            found[index].loss.append(float(walk.loss.mean(dtype=np.float64)))
         yield found
 
 
-def _decode(weights: Weights, rule: ExitRule, text: Ints, prompt: int) -> tuple[float, float, float]:
-    """text: S -> milliseconds per token (median over tokens would hide the deep ones: the mean), loops run, loss."""
+def decode(weights: Weights | StoredWeights, rule: ExitRule, text: Ints, prompt: int, **session_options: Any) -> Walk:
+    """Feed the first `prompt` ids of a text (S) and decode the rest; the options are those of a Session."""
     loops = rule.deepest(weights.config.total_ut_steps)
-    session = Session(weights, loops=loops, capacity=len(text))
+    session = Session(weights, loops=loops, capacity=len(text), **session_options)
     session.feed(text[None, :prompt])
     tokens = len(text) - 1 - prompt
-    logits: Floats = np.empty((tokens, len(weights.head)), np.float32)
+    logits: Floats = np.empty((tokens, weights.config.vocab_size), np.float32)
     loops_run, seconds = 0, 0.0
     for s in range(tokens):
         token = np.ascontiguousarray(text[prompt + s : prompt + s + 1], np.int64)
@@ -77,5 +98,12 @@ def _decode(weights: Weights, rule: ExitRule, text: Ints, prompt: int) -> tuple[
         seconds += time.perf_counter() - began
         loops_run += session.loops_run
     target = np.ascontiguousarray(text[prompt + 1 :], np.int64)
-    loss = float(cross_entropy_forward(logits[None], target[None])[0].mean(dtype=np.float64))
-    return 1000.0 * seconds / tokens, loops_run / tokens, loss
+    late, cache = session.deferral.passes if session.deferral else 0, session.cache
+    return Walk(
+        cross_entropy_forward(logits[None], target[None])[0][0],
+        logits.argmax(axis=1),
+        seconds,
+        loops_run / tokens,
+        (loops_run + late) / tokens,
+        (cache.keys.nbytes + cache.values.nbytes) / cache.capacity,
+    )

@@ -1,5 +1,6 @@
 """A conversation: the answers of one prompt, what is kept between turns, and what a message cannot do."""
 
+import contextlib
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,24 @@ def test_later_answers_keep_what_was_read_and_are_the_same(model: LoadedModel) -
         assert (talk.cached_tokens > 0) == (number > 0)
         assert talk.cached_tokens < talk.prompt_tokens
         history += f"<|im_start|>{talk.messages[-1]['content']}<|im_end|>"
+
+
+@pytest.mark.parametrize("bound", [2, 16])
+def test_what_waits_is_carried_from_turn_to_turn_and_changes_nothing(model: LoadedModel, bound: int) -> None:
+    """Also when an answer is broken off, and when a changed beginning forgets some of what waits."""
+    written = []
+    for policy in ("full", "exact"):
+        talk, found = conversation(model, max_deferred=bound), []
+        for text in ("Hello", "And you?"):
+            found += answer(talk, text, policy=policy, rule=LearnedGate(0.4), max_new_tokens=9)
+        settings = {"rng": np.random.default_rng(0), "sampling": GREEDY, "policy": policy}
+        with contextlib.closing(talk.answer("So", rule=LearnedGate(0.4), max_new_tokens=9, **settings)) as tokens:
+            found += [next(tokens) for _ in range(4)]
+        talk.messages = talk.messages[:3]
+        found += answer(talk, "So be it", policy=policy, rule=LearnedGate(0.4), max_new_tokens=9)
+        written.append([(token.token_id, token.exit_loop, token.logprob) for token in found])
+        assert talk.cached_tokens > 0
+    assert written[0] == written[1]
 
 
 def test_only_what_is_new_is_read(model: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:

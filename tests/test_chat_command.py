@@ -139,7 +139,8 @@ def test_folders_that_cannot_chat_are_refused(tmp_path: pathlib.Path, monkeypatc
         (failing, [], 1, "fails: TemplateAssertionError: No filter named 'nothing'"),
         (base, ["--think"], 2, "does not know enable_thinking"),
         (base, ["--no-think"], 2, "does not know enable_thinking"),
-        (base, ["--kv", "shared"], 2, "--kv 'shared' is not known"),
+        (base, ["--cache", "shared"], 2, "--cache 'shared' is not known"),
+        (base, ["--cache", "exact", "--max-deferred", "99"], 2, "99 tokens cannot wait for their deeper loops"),
         (base, ["--top-p", "nan"], 2, "nan is not a finite number"),
         (base, ["-n", "0"], 2, "0 is not in the range"),
     ):

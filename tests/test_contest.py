@@ -209,8 +209,8 @@ def test_a_point_is_its_entry_at_a_threshold(weights: Weights, seen: Evidence) -
 
 def test_everyone_decodes_every_text_once_a_turn(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
-    real = timing._decode
-    monkeypatch.setattr(timing, "_decode", lambda w, rule, *more: (order.append(str(rule)), real(w, rule, *more))[1])
+    real = timing.decode
+    monkeypatch.setattr(timing, "decode", lambda w, rule, *more: (order.append(str(rule)), real(w, rule, *more))[1])
     texts = [random_ids(12, seed=seed) for seed in range(3)]
     rules = [FixedDepth(1), FixedDepth(LOOPS)]
     *_, found = timing.decode_by_turns([(weights, rule) for rule in rules], texts, 4)

@@ -85,6 +85,23 @@ def test_full_keys_and_values_save_nothing(model: pathlib.Path) -> None:
     assert report["exits"][0] > 0
 
 
+def test_exact_writes_what_full_writes_and_saves_loops(model: pathlib.Path) -> None:
+    full, exact = (report_of(*words("--q", 0.3, "-n", 30, "--cache", name, model=model)) for name in ("full", "exact"))
+    for key in ("text", "exits", "tokens"):
+        assert exact[key] == full[key]
+    assert exact["mean_loops"] < full["mean_loops"]
+    assert exact["kv"] == "exact"
+    bounded = report_of(*words("--q", 0.3, "-n", 30, "--cache", "exact", "--max-deferred", 2, model=model))
+    assert bounded["text"] == full["text"]
+
+
+@pytest.mark.parametrize("policy", ["shared-last", "average", "first"])
+def test_one_slot_for_all_loops_writes_something_else(model: pathlib.Path, policy: str) -> None:
+    full, shared = (report_of(*words("-n", 30, "-t", 0, "--cache", name, model=model)) for name in ("full", policy))
+    assert shared["tokens"] == full["tokens"]
+    assert shared["text"] != full["text"]
+
+
 def test_a_fixed_depth_and_more_loops_than_trained(model: pathlib.Path) -> None:
     assert report_of(*words("--loops", 2, model=model))["exits"] == [0.0, 1.0, 0.0, 0.0]
     assert report_of(*words("--loops", 2, model=model))["loops_saved"] == 0.5
@@ -184,7 +201,10 @@ def test_an_interrupt_leaves_the_text_and_the_account(model: pathlib.Path, monke
     [
         (["-p", "a" * 70], 1, "the prompt has 70 tokens, but the model's context is 64"),
         (["--stop", ""], 2, "a stop string is empty"),
-        (["--kv", "shared"], 2, "--kv 'shared' is not known"),
+        (["--cache", "shared"], 2, "--cache 'shared' is not known"),
+        (["--cache", "exact", "--max-deferred", "0"], 2, "0 tokens cannot wait for their deeper loops"),
+        (["--cache", "exact", "--max-deferred", "24"], 2, "24 tokens cannot wait for their deeper loops"),
+        (["--max-deferred", "3"], 2, "--max-deferred 3: nothing waits under --cache last-exited"),
         (["--weights", "int3"], 2, "--weights 'int3' is not known"),
         (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
         (["--threads", "0"], 2, "0 is not in the range"),
@@ -234,6 +254,19 @@ def test_a_cache_that_cannot_fit_is_refused(model: pathlib.Path, monkeypatch: py
     error, hint = err.splitlines()
     assert error.startswith("error: keys and values of 64 tokens in 4 loops take 0.0 GiB in float32, more than 80%")
     assert hint == "hint: ask for fewer tokens or loops, or keep them in bfloat16"
+
+
+def test_sharing_fits_where_slots_of_their_own_do_not(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = 23_000  # of which 80 % hold 64 tokens of 256 bytes, or 15 of 1,024, but not 64 of these
+    monkeypatch.setattr("looplm.generation.resident", lambda: 0)
+    monkeypatch.setattr("looplm.generation.available_memory", lambda: free)
+    assert report_of(*words("--cache", "shared-last", model=model))["tokens"] > 0
+    assert "64 tokens in 4 loops" in looplm(*words(model=model), code=1, width=300)[1]
+    free = 18_000
+    error = looplm(*words("--cache", "first", model=model), code=1, width=300)[1].splitlines()[0]
+    assert error.startswith("error: keys and values of 64 tokens in 1 loops take")
+    error = looplm(*words("--cache", "first", "-n", 1, model=model), code=1, width=300)[1].splitlines()[0]
+    assert error.startswith("error: keys and values of 15 tokens in 4 loops take")
 
 
 def test_a_task_model_is_no_language_model(tmp_path: pathlib.Path) -> None:

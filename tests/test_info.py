@@ -39,6 +39,9 @@ def test_info_describes_a_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert report["parameters"]["unrolled"] == sum(sizes.values()) + 2 * stack
     assert report["memory"]["key_value_per_token"] == 3 * 2 * (2 + 2) * 2 * 4  # loops, layers, k and v heads, channels
     assert 2 * report["memory"]["key_value_per_token_bfloat16"] == report["memory"]["key_value_per_token"]
+    by_policy = report["key_value_per_token"]
+    assert [by_policy[name] for name in ("full", "exact", "last-exited")] == 3 * [192]
+    assert [by_policy[name] for name in ("shared-last", "average", "first")] == 3 * [64]
     assert report["memory"]["key_value_context"] == 32 * report["memory"]["key_value_per_token"]
     assert report["memory"]["weights"] == 4 * sum(sizes.values())
     assert report["trained_loops"] == 2
@@ -47,7 +50,14 @@ def test_info_describes_a_model(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     assert report["files"][0]["bytes"] == (tmp_path / "model.safetensors").stat().st_size
     code, output, _ = run_info(capsys, "-m", str(tmp_path))
     assert code == 0
-    for shown in ("trained with 2", "a book.txt", "model.layers.*.self_attn.q_proj.weight", "8 x 6", "192 bytes"):
+    for shown in (
+        "trained with 2",
+        "a book.txt",
+        "model.layers.*.self_attn.q_proj.weight",
+        "8 x 6",
+        "192 bytes",
+        "shared-last, average, first",
+    ):
         assert shown in output
 
 

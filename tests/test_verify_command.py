@@ -16,7 +16,7 @@ from looplm.checkpoint import read_tensors
 from looplm.kernels.product.select import PATHS
 from looplm.safetensors_file import write_tensors
 from looplm_cli import engine_candidate, verification
-from looplm_reference import bfloat16, quantized_judge
+from looplm_reference import bfloat16, policy_judge, quantized_judge
 from looplm_reference.model import LoopLM
 from looplm_reference.mutants import MODEL_MUTANTS, OP_MUTANTS, ModelMutant
 
@@ -52,6 +52,8 @@ def test_everything_passes_and_every_mutant_is_caught_by_name(everything: tuple[
         assert any(line.startswith(f"CAUGHT {op_mutant.function}: {op_mutant.name} at ") for line in lines)
     for misreading in quantized_judge.MUTANTS:
         assert any(line.startswith(f"CAUGHT {misreading.format}: {misreading.name} at ") for line in lines)
+    for mistake in policy_judge.MUTANTS:
+        assert any(line.startswith(f"CAUGHT {mistake.policy}: {mistake.name} at ") for line in lines)
     for op in ("attention", "exit_distribution", "cross_entropy", "adamw_update"):
         assert any(line.startswith("PASS") and line.endswith(f" {op}") for line in lines), op
     for part in ("forward, layer by layer", "every prefix", "left-padded", "right-padded", "every gradient"):
@@ -69,6 +71,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
         "products",
         "model",
         "model mutants",
+        "policies",
+        "policy mutants",
         "training",
         "bf16 mutants",
         "quantized",
@@ -85,7 +89,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
     compared = sum(check["comparisons"] for check in checks)
     compared += sum(len(folder["rows"]) for folder in report["folders"])
     assert f"{compared} comparisons pass, {len(mutants)} mutants caught" in text
-    assert len(mutants) == len(OP_MUTANTS) + len(MODEL_MUTANTS) + len(bfloat16.MUTANTS) + len(quantized_judge.MUTANTS)
+    every = (OP_MUTANTS, MODEL_MUTANTS, policy_judge.MUTANTS, bfloat16.MUTANTS, quantized_judge.MUTANTS)
+    assert len(mutants) == sum(map(len, every))
 
 
 def test_a_fixture_folder_passes_row_by_row() -> None:

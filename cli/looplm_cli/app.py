@@ -33,6 +33,7 @@ COMMANDS = {
     "chat": "Talk with a model whose folder has a chat template.",
     "inspect": "Look inside the loops: what each loop predicts, and where it would stop.",
     "eval": "Measure loss, bits per byte and accuracy at every depth and exit threshold.",
+    "kv": "Compare what early exits leave behind: memory, loss, agreement and speed of every cache policy.",
     "quantize": "Write a model with int8 or int4 weights, and say what that costs in every loop.",
     "info": "Show what a model is made of, what this machine offers, or what a training would take.",
     "init": "Write a model with random weights, in the shape of a published one or of a folder.",

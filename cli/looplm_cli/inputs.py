@@ -179,14 +179,26 @@ def refuse_task(model: "Opened | ModelFiles") -> None:
         )
 
 
-def key_value_policy(kv: str) -> "Policy":
-    """What --kv says.  Raises: UsageError if there is no such policy."""
+def key_value_policy(name: str) -> "Policy":
+    """What --cache says.  Raises: UsageError if there is no such policy."""
     from looplm.cache import POLICIES
 
     for policy in POLICIES:
-        if policy == kv:
+        if policy == name:
             return policy
-    raise UsageError(f"--kv {kv!r} is not known", "use last-exited or full")
+    raise UsageError(f"--cache {name!r} is not known", f"use one of {', '.join(POLICIES)}")
+
+
+def deferred_bound(policy: "Policy", number: int | None) -> int:
+    """What --max-deferred says.  Raises: UsageError if nothing is deferred, or the bound is out of range."""
+    from looplm.deferral import MAX_DEFERRED, check_max_deferred
+
+    if number is None:
+        return MAX_DEFERRED
+    if policy != "exact":
+        raise UsageError(f"--max-deferred {number}: nothing waits under --cache {policy}", "use it with --cache exact")
+    check_max_deferred(number)
+    return number
 
 
 def key_value_type(kv_dtype: str) -> "KeyValueType":

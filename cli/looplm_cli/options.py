@@ -205,13 +205,26 @@ RepetitionPenaltyOption = Annotated[
     ),
 ]
 MaxNewTokensOption = Annotated[int, typer.Option("--max-new-tokens", "-n", min=1, help="The most tokens to write.")]
-KvOption = Annotated[
+CacheOption = Annotated[
     str,
     typer.Option(
+        "--cache",
         "--kv",
-        metavar="last-exited|full",
+        metavar="POLICY",
         help="Keys and values of loops a token did not run. last-exited: those of its last loop, so loops are "
-        "really saved; full: all loops always run, and stopping only chooses which state is read.",
+        "really saved; exact: computed once a later token needs them, nothing is approximated; full: all loops always "
+        "run, and stopping only chooses which state is read. One loop's keys and values for all loops, a fraction of "
+        "the memory: shared-last, average, first. looplm kv measures them.",
+        rich_help_panel=LOOPS,
+    ),
+]
+MaxDeferredOption = Annotated[
+    int | None,
+    typer.Option(
+        "--max-deferred",
+        metavar="N",
+        show_default="16",
+        help="With --cache exact, tokens that may wait for their deeper loops; 1 to 23.",
         rich_help_panel=LOOPS,
     ),
 ]

@@ -21,6 +21,7 @@ from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm.stored import StoredWeights, convert, is_matrix
 from looplm_cli.engine_candidate import EngineCandidate
+from looplm_cli.policy_engine import policy_checks, policy_mutants
 from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
 from looplm_reference.contract import Row
@@ -63,6 +64,8 @@ def sections(threads: int) -> list[Section]:
         Section("products", "matrix products on every path, forward and backward", _products()),
         Section("model", "the whole engine against the reference, array by array", _model(threads)),
         Section("model mutants", "mistakes made in the whole model on purpose", _model_mutants(), mutants=True),
+        Section("policies", "what early exits leave behind, under every cache policy", _policies()),
+        Section("policy mutants", "mistakes made in one policy on purpose", _policy_mutants(), mutants=True),
         Section("training", "every gradient, on every path, with and without recomputation", _training(threads)),
         Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
         Section("quantized", "int8 and int4 weights, against what they stand for", _quantized()),
@@ -148,6 +151,15 @@ def _model_mutants() -> Iterator[Check]:
     for mutant in mutants.MODEL_MUTANTS:
         caught = mutant.first_failure()
         yield Check(mutant.name, caught is not None, [caught] if caught else [])
+
+
+def _policies() -> Iterator[Check]:
+    yield from (_compared(name, rows) for name, rows in policy_checks())
+
+
+def _policy_mutants() -> Iterator[Check]:
+    for name, caught in policy_mutants():
+        yield Check(name, caught is not None, [caught] if caught else [])
 
 
 # How the judge's row names begin (after the model's name) -> what it compared.

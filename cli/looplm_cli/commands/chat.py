@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looplm_cli.options import (
+    CacheOption,
     ExitOption,
     JsonOption,
     KvDtypeOption,
-    KvOption,
     LoopsOption,
+    MaxDeferredOption,
     MaxNewTokensOption,
     MinLoopsOption,
     MinPOption,
@@ -54,7 +55,8 @@ def chat(
     repetition_penalty: RepetitionPenaltyOption = 1.0,
     seed: SeedOption = 0,
     max_new_tokens: MaxNewTokensOption = 1024,
-    kv: KvOption = "last-exited",
+    cache: CacheOption = "last-exited",
+    max_deferred: MaxDeferredOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     weights: WeightsOption = None,
@@ -77,16 +79,25 @@ def chat(
     from looplm.generation import useful_threads
     from looplm.sampling import Sampling
     from looplm_cli.chat_room import ChatRoom, Manner
-    from looplm_cli.inputs import check_loops, chosen_rule, key_value_policy, key_value_type, open_stored, refuse_task
+    from looplm_cli.inputs import (
+        check_loops,
+        chosen_rule,
+        deferred_bound,
+        key_value_policy,
+        key_value_type,
+        open_stored,
+        refuse_task,
+    )
     from looplm_cli.render import print_warning, say
 
-    cache_dtype = key_value_type(kv_dtype)
+    policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
+    bound = deferred_bound(policy, max_deferred)
     manner = Manner(
         q=q,
         exit=exit,
         min_loops=min_loops,
         loops=loops,
-        policy=key_value_policy(kv),
+        policy=policy,
         sampling=Sampling(
             temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
         ),
@@ -117,6 +128,7 @@ def chat(
         ends,
         system=system,
         think=think,
+        max_deferred=bound,
         kv_dtype=cache_dtype,
         threads=threads or useful_threads(opened.weights),
     )

@@ -5,11 +5,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looplm_cli.options import (
+    CacheOption,
     ExitOption,
     JsonOption,
     KvDtypeOption,
-    KvOption,
     LoopsOption,
+    MaxDeferredOption,
     MaxNewTokensOption,
     MinLoopsOption,
     MinPOption,
@@ -49,7 +50,8 @@ def generate(
         list[str] | None,
         typer.Option("--stop", show_default=False, help="End before this text; may be repeated."),
     ] = None,
-    kv: KvOption = "last-exited",
+    cache: CacheOption = "last-exited",
+    max_deferred: MaxDeferredOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     weights: WeightsOption = None,
@@ -74,6 +76,7 @@ def generate(
     from looplm_cli.inputs import (
         check_loops,
         chosen_rule,
+        deferred_bound,
         key_value_policy,
         key_value_type,
         open_stored,
@@ -83,7 +86,8 @@ def generate(
     from looplm_cli.render import print_json, print_warning, say
     from looplm_cli.written import Written
 
-    policy, cache_dtype = key_value_policy(kv), key_value_type(kv_dtype)
+    policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
+    bound = deferred_bound(policy, max_deferred)
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -109,6 +113,7 @@ def generate(
         max_new_tokens=max_new_tokens,
         stop_ids=ends,
         policy=policy,
+        max_deferred=bound,
         kv_dtype=cache_dtype,
         threads=threads or generation.useful_threads(opened.weights),
     )
@@ -131,7 +136,7 @@ def generate(
         say(written.summary())
     if as_json:
         settings = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(prompt_ids.size), "seed": seed}
-        settings |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": kv}
+        settings |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": policy}
         print_json({**settings, **written.report(opened.tokenizer)})
 
 

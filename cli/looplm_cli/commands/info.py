@@ -90,6 +90,7 @@ def _model(files: "ModelFiles") -> dict[str, Any]:
         "trained_loops": files.trained_loops,
         "parameters": sizes.parameters_by_part(files.config),
         "memory": sizes.memory(files.config),
+        "key_value_per_token": sizes.key_value_bytes_by_policy(files.config, files.config.total_ut_steps),
         "tensors": [{"name": name, "shape": list(e.shape), "dtype": e.dtype} for name, e in entries.items()],
         "files": [
             {"name": file.path.name, "bytes": file.size, "tensors": len(file.entries)} for file in files.weight_files
@@ -136,6 +137,11 @@ def _print_model(report: dict[str, Any]) -> None:
             (f"the same, context of {context}", _bytes(memory["key_value_per_token_bfloat16"] * context)),
         ],
     )
+    by_size: dict[int, list[str]] = {}
+    for policy, size in report["key_value_per_token"].items():
+        by_size.setdefault(size, []).append(policy)
+    rows = [(", ".join(names), _bytes(size), _bytes(size // 2)) for size, names in by_size.items()]
+    print_table(["keys and values of one token (--cache)", "float32", "bfloat16"], rows)
     print_table(["tensor", "n", "shape", "dtype"], _shapes(report["tensors"]))
     print_table(["file", "size", "tensors"], [(f["name"], _bytes(f["bytes"]), f["tensors"]) for f in report["files"]])
     ends = ", ".join(f"{name} {' '.join(map(str, ids))}" for name, ids in report["ends"].items())

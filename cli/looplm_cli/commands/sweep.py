@@ -159,15 +159,15 @@ def _timed(
     opened: "Opened", found: "list[Point]", half: "list[Batch]", turns: int, decode_tokens: int
 ) -> Iterator[None]:
     """Give every point its decode times."""
-    import numpy as np
-
     from looplm.exits import make_rule
     from looplm.timing import decode_by_turns, with_gate
+    from looplm_cli.held_out import pieces
 
-    rows = np.concatenate([batch.input_ids for batch in half if batch.input_ids.shape == half[0].input_ids.shape])
-    length = min(rows.shape[1], rows.shape[1] // 4 + decode_tokens + 1)
-    prompt = max(1, min(rows.shape[1] // 4, length - 2))
-    texts: list[Ints] = [rows[i % len(rows), :length] for i in np.linspace(0, len(rows) - 1, turns).astype(int)]
+    rows = pieces(half, turns)
+    whole = len(rows[0])
+    length = min(whole, whole // 4 + decode_tokens + 1)
+    prompt = max(1, min(whole // 4, length - 2))
+    texts: list[Ints] = [rows[turn % len(rows)][:length] for turn in range(turns)]
     models = {p.entry.name: with_gate(opened.weights, p.entry.gate) for p in found if p.entry.gate is not None}
     competitors = [(models.get(p.entry.name, opened.weights), make_rule(p.entry.rule, p.threshold)) for p in found]
     for decoded in decode_by_turns(competitors, texts, prompt):

@@ -1,0 +1,121 @@
+"""`looplm kv`: what it reports and prints of every cache policy, and what it refuses."""
+
+import pathlib
+from typing import Any
+
+import pytest
+
+import tiny_models
+from in_process import looplm, report_of
+from looplm.cache import POLICIES, SHARED
+
+QUICK = ("--windows", 4, "--seq-len", 24, "--q", 0.4)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    return tiny_models.text_run(tmp_path_factory.mktemp("kv") / "run")
+
+
+@pytest.fixture(scope="module")
+def report(model: pathlib.Path) -> dict[str, Any]:
+    return report_of("kv", "-m", model, *QUICK, "--quiet")
+
+
+def test_every_policy_is_held_against_full(report: dict[str, Any]) -> None:
+    assert (report["windows"], report["prompt_tokens"], report["tokens"]) == (4, 6, 4 * 17)
+    assert (report["exit"], report["loops"], report["max_deferred"], report["kv_dtype"]) == (
+        "gate:0.4",
+        4,
+        16,
+        "float32",
+    )
+    found = {each["policy"]: each for each in report["policies"]}
+    assert list(found) == list(POLICIES)
+    assert (found["full"]["loss_change"], found["full"]["agreement"], found["full"]["mean_loops"]) == (0.0, 1.0, 4.0)
+    assert (found["exact"]["loss"], found["exact"]["agreement"]) == (found["full"]["loss"], 1.0)
+    assert 1.0 < found["exact"]["mean_loops"] <= found["exact"]["passes"] < 4.0
+    for each in found.values():
+        assert each["memory_reduction"] == (4.0 if each["policy"] in SHARED else 1.0)
+        assert each["bytes_per_token"] * each["memory_reduction"] == found["full"]["bytes_per_token"]
+        assert each["tokens_per_s"] > 0
+        assert each["speed"] > 0
+        assert each["loss_change"] == pytest.approx(each["loss"] - found["full"]["loss"], abs=1e-9)
+    for name in ("last-exited", *SHARED):
+        assert found[name]["loss_change"] != 0.0
+        assert found[name]["loss_interval"] > 0.0
+
+
+def test_options_reach_the_decoding(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text(tiny_models.HELD_OUT, encoding="utf-8")
+    more = (
+        "--windows",
+        1,
+        "--prompt-tokens",
+        20,
+        "--max-deferred",
+        1,
+        "--kv-dtype",
+        "bfloat16",
+        "--weights",
+        "bfloat16",
+    )
+    found = report_of("kv", text, "-m", model, "--seq-len", 24, "--exit", "fixed:1", "--min-loops", 1, *more)
+    assert found["data"] == str(text)
+    assert (found["tokens"], found["exit"], found["loops"]) == (3, "fixed:1", 1)
+    assert {each["agreement"] for each in found["policies"]} == {1.0}  # one loop: nothing to share, nothing to defer
+    assert {each["loss_interval"] for each in found["policies"]} == {None}
+    whole = report_of("kv", text, "-m", model, *QUICK)["policies"][0]["bytes_per_token"]
+    assert {each["bytes_per_token"] for each in found["policies"]} == {whole // 8}
+    waits = report_of("kv", text, "-m", model, *QUICK, "--max-deferred", 1)["policies"]
+    exact = next(each for each in waits if each["policy"] == "exact")
+    assert exact["passes"] == 4.0
+    assert exact["mean_loops"] < 4.0
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_the_terminal_gets_a_table(model: pathlib.Path, report: dict[str, Any], width: int) -> None:
+    out, err = looplm("kv", "-m", model, *QUICK, width=width)
+    assert f"{report['tokens']} tokens decoded in 4 windows after 6 of prompt, gate:0.4" in out
+    assert max(map(len, out.splitlines()[1:])) <= width
+    for policy in (*POLICIES, f"{report['policies'][0]['loss']:.4f}"):
+        assert policy in out
+    assert ("±" in out) == (width >= 100)
+    assert "window 4/4" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--max-deferred", "24"], 2, "24 tokens cannot wait for their deeper loops"),
+        (["--max-deferred", "many"], 2, "'many' is not a valid int"),
+        (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
+        (["--windows", "0"], 2, "0 is not in the range"),
+        (["--seq-len", "3"], 2, "3 is not in the range"),
+        (["--seq-len", "65"], 2, "--seq-len 65 is more than the model's context of 64"),
+        (["--prompt-tokens", "0"], 2, "0 is not in the range"),
+        (["--prompt-tokens", "15"], 2, "a prompt of 15 tokens leaves none to decode of pieces of 16"),
+        (["--exit", "kl:x"], 2, "'x' is not a number"),
+        (["--q", "0.5", "--exit", "kl:0.1"], 2, "both say when to stop"),
+        (["no such text.txt"], 1, "no such text.txt"),
+    ],
+    ids=str,
+)
+def test_bad_input_is_two_lines(model: pathlib.Path, arguments: list[str], code: int, message: str) -> None:
+    out, err = looplm("kv", "-m", model, *arguments, code=code, width=300)
+    assert out == ""
+    error, hint = err.splitlines()
+    assert error.startswith("error: ")
+    assert message in error
+    assert hint.startswith("hint: ")
+
+
+def test_a_text_too_short_and_a_task_are_refused(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("a", encoding="utf-8")
+    error, hint = looplm("kv", text, "-m", model, code=2, width=300)[1].splitlines()
+    assert "leaves none to decode of pieces of" in error
+    assert hint == "hint: give a longer text"
+    error, hint = looplm("kv", "-m", tiny_models.hops_model(tmp_path / "hops"), code=1, width=300)[1].splitlines()
+    assert "it is not a language model" in error
