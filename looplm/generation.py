@@ -180,6 +180,7 @@ def useful_threads(weights: StoredWeights) -> int:
 
 
 def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
+    """Raises: DataError if keys and values of so many positions do not fit into the memory there is."""
     available, needed = available_memory(), positions * key_value_bytes(config, loops, kv_dtype)
     if available is not None and needed > SHARE * (available - (resident() or 0)):
         raise DataError(
