@@ -20,6 +20,7 @@ from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm.stored import StoredWeights, convert, is_matrix
+from looplm_cli import batch_verification
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
@@ -67,6 +68,8 @@ def sections(threads: int) -> list[Section]:
         Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
         Section("quantized", "int8 and int4 weights, against what they stand for", _quantized()),
         Section("quantized mutants", "mistakes made in reading such weights", _quantized_mutants(), mutants=True),
+        Section("batches", "rows that come and go, against the reference's texts one by one", _batches(threads)),
+        Section("batch mutants", "mistakes made in a batch on purpose", _batch_mutants(), mutants=True),
     ]
 
 
@@ -148,6 +151,16 @@ def _model_mutants() -> Iterator[Check]:
     for mutant in mutants.MODEL_MUTANTS:
         caught = mutant.first_failure()
         yield Check(mutant.name, caught is not None, [caught] if caught else [])
+
+
+def _batches(threads: int) -> Iterator[Check]:
+    for name, rows in batch_verification.compared(threads):
+        yield _compared(name, rows)
+
+
+def _batch_mutants() -> Iterator[Check]:
+    for name, caught in batch_verification.mutants():
+        yield Check(name, caught is not None, [caught] if caught else [])
 
 
 # How the judge's row names begin (after the model's name) -> what it compared.
