@@ -68,6 +68,7 @@ RULES += [Bounded(LearnedGate(0.5), 2, 7), make_rule("change", 0.4)]
 READING = ["kl:0.05", "top:0.3", "margin:0.5", "stable:2"]
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_a_row_is_to_the_bit_what_it_is_alone(weights: Weights, rule: ExitRule) -> None:
     assert_same(weights, 9, rule=rule, rows=4, sampling=LIVELY, stop_ids=STOPS)
