@@ -263,7 +263,9 @@ def feed_prompt(session: Session, prompt_ids: Ints, rule: ExitRule) -> tuple[int
         trace = session.feed(prompt[None, begin : begin + PREFILL_ROWS])
     last = trace.hidden[:, :, -1]
     exit_at = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0])
-    return exit_at, session.weights.logits(last[exit_at, 0])
+    readout = readout_of(rule)
+    known = None if readout is None else readout.recall(last[exit_at])
+    return exit_at, session.weights.logits(last[exit_at, 0]) if known is None else known[0]
 
 
 def why_last(

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from looplm.arrays import aligned_empty
-from looplm.batching import Batch, Request
+from looplm.batching import Batch, Request, useful_threads
 from looplm.cache import KeyValueCache
 from looplm.decoder import Decoder
 from looplm.errors import DataError, UsageError
@@ -144,6 +144,13 @@ def test_no_prompts_are_no_tokens(weights: Weights) -> None:
     assert list(Batch(weights, [nothing, nothing], rule=LearnedGate(1.0))) == []
 
 
+def test_threads_are_worth_it_sooner_than_for_one_row(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = StoredWeights.of(weights)
+    monkeypatch.setattr("looplm.batching.WORTH_SHARING", 5 * stored.bytes_per_token)
+    monkeypatch.setattr("looplm.batching.available_threads", lambda: 7)
+    assert [useful_threads(stored, rows) for rows in (1, 4, 5)] == [1, 1, 7]
+
+
 # ---- nobody waits
 
 
@@ -197,7 +204,7 @@ def test_a_rule_that_reads_predictions_multiplies_no_state_twice(
     for _ in batch:
         pass
     assert len(states) == batch.rows_run == len({state.tobytes() for state in states})
-    assert len(fed) <= 8 * CONFIG.total_ut_steps + 8  # the prompts' last positions
+    assert len(fed) <= 8 * CONFIG.total_ut_steps  # each prompt's last position, once in every loop
 
 
 # ---- mistakes that must show
