@@ -106,3 +106,18 @@ class KeyValueCache:
         for array in (self.keys, self.values):
             by_loop = array.reshape(self.loops, self.layers, *array.shape[1:])
             by_loop[r + 1 :, :, row, :, position] = by_loop[r, :, row, :, position]
+
+    def leave(self, rows: Ints, positions: Ints, exit_index: Ints) -> None:
+        """One position of each of these rows was left at its own loop: fill deeper slots as the policy says.  All N."""
+        if self.policy != "last-exited":
+            return
+        for r in np.unique(exit_index[exit_index < self.loops - 1]):
+            row, position = rows[exit_index == r], positions[exit_index == r]
+            for array in (self.keys, self.values):
+                by_loop = array.reshape(self.loops, self.layers, *array.shape[1:])
+                by_loop[r + 1 :, :, row, :, position] = by_loop[r][:, row, :, position][:, None]
+
+    def take_row(self, row: int, other: "KeyValueCache", positions: int) -> None:
+        """The first positions of another cache's only row become those of this row."""
+        for array, source in ((self.keys, other.keys), (self.values, other.values)):
+            array[:, row, :, :positions] = source[:, 0, :, :positions]

@@ -1,7 +1,7 @@
 """Continuing a text: a prompt through all loops, then token by token, each looping only as long as its exit rule says.
 
 Here: a session over one or several rows in lockstep, the generator of tokens, and stop strings.  Knowingly not here:
-rows that come and go, drafts, and anything that prints.
+rows that come and go (batching.py), drafts, and anything that prints.
 """
 
 import dataclasses
@@ -179,14 +179,17 @@ def useful_threads(weights: StoredWeights) -> int:
     return available_threads() if weights.bytes_per_token >= WORTH_SHARING else 1
 
 
-def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType) -> None:
-    """Raises: DataError if keys and values of so many positions do not fit into the memory there is."""
-    available, needed = available_memory(), positions * key_value_bytes(config, loops, kv_dtype)
+def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType, rows: int = 1) -> None:
+    """Raises: DataError if keys and values of so many positions in each row do not fit into the memory there is."""
+    available, needed = available_memory(), rows * positions * key_value_bytes(config, loops, kv_dtype)
     if available is not None and needed > SHARE * (available - (resident() or 0)):
+        several = rows > 1
         raise DataError(
-            f"keys and values of {positions} tokens in {loops} loops take {needed / GIB:.1f} GiB in {kv_dtype}, more "
-            f"than {SHARE:.0%} of the {(available - (resident() or 0)) / GIB:.1f} GiB free",
-            "ask for fewer tokens or loops" + (", or keep them in bfloat16" if kv_dtype == "float32" else ""),
+            f"keys and values of {f'{rows} x ' if several else ''}{positions} tokens in {loops} loops take "
+            f"{needed / GIB:.1f} GiB in {kv_dtype}, more than {SHARE:.0%} of the "
+            f"{(available - (resident() or 0)) / GIB:.1f} GiB free",
+            f"ask for fewer tokens or loops{', or fewer rows at once' if several else ''}"
+            + (", or keep them in bfloat16" if kv_dtype == "float32" else ""),
         )
 
 
@@ -266,26 +269,15 @@ def _continue(
 ) -> Iterator[Generated]:
     if max_new_tokens < 1:
         return
-    config, prompt = session.weights.config, np.ascontiguousarray(prompt_ids, np.int64)
-    for begin in range(0, prompt.size, PREFILL_ROWS):
-        trace = session.feed(prompt[None, begin : begin + PREFILL_ROWS])
-    last = trace.hidden[:, :, -1]
-    exit_at, loops_run = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0]), session.loops
-    logits = session.weights.logits(last[exit_at, 0])
-    del trace, last  # all states of a chunk of the prompt
-
+    config = session.weights.config
+    exit_at, logits = feed_prompt(session, prompt_ids, rule)
+    loops_run = session.loops
     seen = np.zeros(config.vocab_size, np.bool_)
-    seen[prompt] = seen[before] = True
+    seen[prompt_ids] = seen[before] = True
     token = np.empty(1, np.int64)
     for count in range(1, max_new_tokens + 1):
         token[0], logprob = choose(logits, sampling, rng.random(), seen)
-        finish: Finish | None = None
-        if int(token[0]) in stop_ids:
-            finish = "stop token"
-        elif count == max_new_tokens:
-            finish = "max_new_tokens"
-        elif session.filled == config.max_position_embeddings:
-            finish = "context full"
+        finish = why_last(int(token[0]), count, max_new_tokens, session.filled, config, stop_ids)
         yield Generated(int(token[0]), exit_at, loops_run, logprob, finish)
         if finish is not None:
             return
@@ -293,6 +285,29 @@ def _continue(
         exits = session.advance(token, rule)
         exit_at, loops_run = int(exits[0]), session.loops_run
         logits = session.logits(exits, rule)[0]
+
+
+def feed_prompt(session: Session, prompt_ids: Ints, rule: ExitRule) -> tuple[int, Floats]:
+    """A prompt through all loops -> the loop its last position is read from, and the logits there.  prompt_ids: S."""
+    prompt = np.ascontiguousarray(prompt_ids, np.int64)
+    for begin in range(0, prompt.size, PREFILL_ROWS):
+        trace = session.feed(prompt[None, begin : begin + PREFILL_ROWS])
+    last = trace.hidden[:, :, -1]
+    exit_at = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0])
+    readout = readout_of(rule)
+    known = None if readout is None else readout.recall(last[exit_at])
+    return exit_at, session.weights.logits(last[exit_at, 0]) if known is None else known[0]
+
+
+def why_last(
+    token_id: int, count: int, max_new_tokens: int, filled: int, config: ModelConfig, stop_ids: Collection[int]
+) -> Finish | None:
+    """Why a text ends with this token, its `count`th new one, behind `filled` positions; None if it goes on."""
+    if token_id in stop_ids:
+        return "stop token"
+    if count == max_new_tokens:
+        return "max_new_tokens"
+    return "context full" if filled == config.max_position_embeddings else None
 
 
 class StopStrings:

@@ -16,7 +16,7 @@ from looplm.checkpoint import read_tensors
 from looplm.kernels.product.select import PATHS
 from looplm.safetensors_file import write_tensors
 from looplm_cli import engine_candidate, verification
-from looplm_reference import bfloat16, policy_judge, quantized_judge
+from looplm_reference import batch_judge, bfloat16, policy_judge, quantized_judge
 from looplm_reference.model import LoopLM
 from looplm_reference.mutants import MODEL_MUTANTS, OP_MUTANTS, ModelMutant
 
@@ -77,6 +77,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
         "bf16 mutants",
         "quantized",
         "quantized mutants",
+        "batches",
+        "batch mutants",
     ]
     checks = [check for section in report["sections"] for check in section.get("checks", [])]
     mutants = [mutant for section in report["sections"] for mutant in section.get("mutants", [])]
@@ -89,7 +91,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
     compared = sum(check["comparisons"] for check in checks)
     compared += sum(len(folder["rows"]) for folder in report["folders"])
     assert f"{compared} comparisons pass, {len(mutants)} mutants caught" in text
-    every = (OP_MUTANTS, MODEL_MUTANTS, policy_judge.MUTANTS, bfloat16.MUTANTS, quantized_judge.MUTANTS)
+    judged = (bfloat16.MUTANTS, quantized_judge.MUTANTS, policy_judge.MUTANTS, batch_judge.MUTANTS)
+    every = (OP_MUTANTS, MODEL_MUTANTS, *judged)
     assert len(mutants) == sum(map(len, every))
 
 

@@ -148,6 +148,21 @@ def read_prompt(prompt: str) -> str:
     return text.removesuffix("\n")
 
 
+def prompt_ids(model: Opened, text: str) -> "Ints":
+    """Token ids of a text to continue; of an empty one, the token that begins a document.  -> S
+
+    Raises: DataError if the model has no such token.
+    """
+    import numpy as np
+
+    if text:
+        return model.tokenizer.encode(text)
+    begin = model.config.bos_token_id if model.tokenizer.bos_id is None else model.tokenizer.bos_id
+    if begin is None:
+        raise DataError("this model has no token that begins a document", "give it a text to continue with -p")
+    return np.array([begin], np.int64)
+
+
 def encode_prompt(model: Opened, text: str) -> "Ints":
     """Token ids of a prompt as one row.  -> input_ids: BS
 

@@ -20,6 +20,7 @@ from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm.stored import StoredWeights, convert, is_matrix
+from looplm_cli.batch_verification import batch_checks, batch_mutants
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_cli.policy_engine import policy_checks, policy_mutants
 from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
@@ -60,16 +61,24 @@ def sections(threads: int) -> list[Section]:
     """All that is checked without any fixture."""
     return [
         Section("operations", "compiled kernels against the float64 reference, forward and backward", _operations()),
-        Section("operation mutants", "mistakes made in one kernel on purpose", _op_mutants(), mutants=True),
+        Section("operation mutants", "mistakes made in one kernel on purpose", _catches(_op_mutants()), mutants=True),
         Section("products", "matrix products on every path, forward and backward", _products()),
         Section("model", "the whole engine against the reference, array by array", _model(threads)),
-        Section("model mutants", "mistakes made in the whole model on purpose", _model_mutants(), mutants=True),
-        Section("policies", "what early exits leave behind, under every cache policy", _policies()),
-        Section("policy mutants", "mistakes made in one policy on purpose", _policy_mutants(), mutants=True),
+        Section(
+            "model mutants", "mistakes made in the whole model on purpose", _catches(_model_mutants()), mutants=True
+        ),
+        Section("policies", "what early exits leave behind, under every cache policy", _verdicts(policy_checks())),
+        Section("policy mutants", "mistakes made in one policy on purpose", _catches(policy_mutants()), mutants=True),
         Section("training", "every gradient, on every path, with and without recomputation", _training(threads)),
         Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
         Section("quantized", "int8 and int4 weights, against what they stand for", _quantized()),
         Section("quantized mutants", "mistakes made in reading such weights", _quantized_mutants(), mutants=True),
+        Section(
+            "batches",
+            "rows that come and go, against the reference's texts one by one",
+            _verdicts(batch_checks(threads)),
+        ),
+        Section("batch mutants", "mistakes made in a batch on purpose", _catches(batch_mutants()), mutants=True),
     ]
 
 
@@ -141,25 +150,22 @@ def _quantized_mutants() -> Iterator[Check]:
         yield Check(f"{mutant.format}: {mutant.name}", len(rows) == 2, rows)  # by products, and by a whole model
 
 
-def _op_mutants() -> Iterator[Check]:
+def _op_mutants() -> Iterator[tuple[str, Row | None]]:
     for mutant in mutants.OP_MUTANTS:
-        caught = mutant.first_failure(kernels)
-        yield Check(f"{mutant.function}: {mutant.name}", caught is not None, [caught] if caught else [])
+        yield f"{mutant.function}: {mutant.name}", mutant.first_failure(kernels)
 
 
-def _model_mutants() -> Iterator[Check]:
+def _model_mutants() -> Iterator[tuple[str, Row | None]]:
     for mutant in mutants.MODEL_MUTANTS:
-        caught = mutant.first_failure()
-        yield Check(mutant.name, caught is not None, [caught] if caught else [])
+        yield mutant.name, mutant.first_failure()
 
 
-def _policies() -> Iterator[Check]:
-    yield from (_compared(name, rows) for name, rows in policy_checks())
+def _verdicts(found: Iterable[tuple[str, list[Row]]]) -> Iterator[Check]:
+    return (_compared(name, rows) for name, rows in found)
 
 
-def _policy_mutants() -> Iterator[Check]:
-    for name, caught in policy_mutants():
-        yield Check(name, caught is not None, [caught] if caught else [])
+def _catches(found: Iterable[tuple[str, Row | None]]) -> Iterator[Check]:
+    return (Check(name, caught is not None, [caught] if caught else []) for name, caught in found)
 
 
 # How the judge's row names begin (after the model's name) -> what it compared.

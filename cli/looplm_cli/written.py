@@ -75,18 +75,24 @@ class Written:
             f"read after loop {exit_histogram(self.exits)}"
         )
 
-    def report(self, tokenizer: "Tokenizer") -> dict[str, Any]:
-        """What --json tells of it; loops counted from 1."""
+    def account(self) -> dict[str, Any]:
+        """The text and its loops, as every run gives them again."""
         return {
             "text": self.text,
             "finish": self.finish,
             "tokens": len(self.tokens),
-            "seconds": round(self.moments[-1] - self.moments[0], 4),
-            "prompt_seconds": round(self.moments[1] - self.moments[0], 4),
-            "tokens_per_s": None if self.tokens_per_s is None else round(self.tokens_per_s, 2),
             "mean_loops": round(self.mean_loops, 4),
             "loops_saved": round(self.loops_saved, 4),
             "exits": [round(share, 4) for share in self.exits],
+        }
+
+    def report(self, tokenizer: "Tokenizer") -> dict[str, Any]:
+        """What --json tells of it; loops counted from 1."""
+        return {
+            **self.account(),
+            "seconds": round(self.moments[-1] - self.moments[0], 4),
+            "prompt_seconds": round(self.moments[1] - self.moments[0], 4),
+            "tokens_per_s": None if self.tokens_per_s is None else round(self.tokens_per_s, 2),
             "generated": [
                 {
                     "id": token.token_id,

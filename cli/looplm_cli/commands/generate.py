@@ -1,6 +1,7 @@
 """`looplm generate`: continue a prompt, and say afterwards what the loops cost."""
 
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
 
@@ -27,9 +28,7 @@ from looplm_cli.options import (
     WeightsOption,
 )
 
-if TYPE_CHECKING:
-    from looplm.arrays import Ints
-    from looplm_cli.inputs import Opened
+MANY = "Many prompts"
 
 
 def generate(
@@ -57,6 +56,35 @@ def generate(
     weights: WeightsOption = None,
     kv_dtype: KvDtypeOption = "float32",
     threads: ThreadsOption = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            show_default=False,
+            help="Continue every line of a text file (`-`: stdin), or every object of a .jsonl: prompt, and if it "
+            "likes max_new_tokens, seed, id. Answers are JSON lines; prompt i of n has seed + i - 1.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option(
+            "--batch", min=1, show_default="16", help="Prompts in flight at once, 24 at most.", rich_help_panel=MANY
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            "--out",
+            show_default="stdout",
+            help="A file for the answers, written when all are there.",
+            rich_help_panel=MANY,
+        ),
+    ] = None,
+    unordered: Annotated[
+        bool, typer.Option("--unordered", help="Answers as they are done, not as asked.", rich_help_panel=MANY)
+    ] = False,
 ) -> None:
     """Continue a prompt, looping only as often as each token needs.
 
@@ -67,12 +95,17 @@ def generate(
     starts a new document.
 
     [bold]looplm generate -p "The with statement" --q 0.7 -n 200[/bold]
+
+    Many prompts at once share each pass over the weights, every one in its own loop, and get what they would get alone:
+
+    [bold]looplm generate --prompts questions.txt --q 0.7 --out answers.jsonl[/bold]
     """
     import numpy as np
 
-    from looplm import generation
+    from looplm import batching, generation
     from looplm.chat_template import stop_ids
     from looplm.sampling import Sampling
+    from looplm_cli.batch_run import Answers, check_combination, check_out, run_prompts
     from looplm_cli.inputs import (
         check_loops,
         chosen_rule,
@@ -80,22 +113,30 @@ def generate(
         key_value_policy,
         key_value_type,
         open_stored,
+        prompt_ids,
         read_prompt,
         refuse_task,
     )
+    from looplm_cli.prompt_file import read_entries
     from looplm_cli.render import print_json, print_warning, say
     from looplm_cli.written import Written
 
+    of_many = {"--batch": batch, "--out": out, "--unordered": unordered or None}
+    check_combination(prompts, of_many, {"--prompt": prompt, "--json": as_json or None})
     policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
     bound = deferred_bound(policy, max_deferred)
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
     guard = generation.StopStrings(stop or [])
+    if prompts is not None:
+        rows = batching.ROWS if batch is None else batch
+        batching.check_rows(rows)
+        batching.check_policy(policy)
+        check_out(out)
+        entries = read_entries(prompts)
     opened = open_stored(model, weights)
     refuse_task(opened)
-    text = "" if prompt is None else read_prompt(prompt)
-    prompt_ids = _prompt_ids(opened, text)
     own_loops = opened.config.total_ut_steps
     rule, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
     if told and not quiet:
@@ -104,18 +145,24 @@ def generate(
     ends, warnings = stop_ids(opened.folder, opened.special_tokens, opened.tokenizer)
     for warning in warnings:
         print_warning(warning)
+    settings: dict[str, Any] = {"rule": rule, "sampling": sampling, "stop_ids": ends}
+    settings |= {"policy": policy, "kv_dtype": cache_dtype}
+    if prompts is not None:
+        settings |= {"rows": rows, "threads": threads or batching.useful_threads(opened.weights, rows)}
+        answers = Answers(opened, entries, stop or [], seed, max(own_loops, rule.deepest(own_loops)))
+        together = batching.Batch(opened.weights, answers.requests(max_new_tokens), **settings)
+        run_prompts(answers, together, out, unordered, quiet)
+        return
+    text = "" if prompt is None else read_prompt(prompt)
+    ids = prompt_ids(opened, text)
     tokens = generation.generate(
         opened.weights,
-        prompt_ids,
-        rule=rule,
+        ids,
         rng=np.random.default_rng(seed),
-        sampling=sampling,
         max_new_tokens=max_new_tokens,
-        stop_ids=ends,
-        policy=policy,
         max_deferred=bound,
-        kv_dtype=cache_dtype,
         threads=threads or generation.useful_threads(opened.weights),
+        **settings,
     )
     written = Written(max(own_loops, rule.deepest(own_loops)))
     if not (as_json or quiet):
@@ -135,23 +182,9 @@ def generate(
     if not quiet:
         say(written.summary())
     if as_json:
-        settings = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(prompt_ids.size), "seed": seed}
-        settings |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": policy}
-        print_json({**settings, **written.report(opened.tokenizer)})
-
-
-def _prompt_ids(opened: "Opened", text: str) -> "Ints":
-    """Token ids of the prompt; of an empty one, the token that begins a document."""
-    import numpy as np
-
-    from looplm.errors import DataError
-
-    if text:
-        return opened.tokenizer.encode(text)
-    begin = opened.config.bos_token_id if opened.tokenizer.bos_id is None else opened.tokenizer.bos_id
-    if begin is None:
-        raise DataError("this model has no token that begins a document", "give it a text to continue with -p")
-    return np.array([begin], np.int64)
+        asked = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(ids.size), "seed": seed}
+        asked |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": policy}
+        print_json({**asked, **written.report(opened.tokenizer)})
 
 
 def _show_prompt(text: str) -> None:

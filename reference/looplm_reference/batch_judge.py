@@ -1,0 +1,134 @@
+"""The judge of batches: every text as it is alone; and wrong batches, each of which must be caught."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+
+from .batches import Flight, ReferenceBatch, Text, alone
+from .contract import Row, first_failure, relative_error
+from .judge import MODELS, TOLERANCE, random_tensors
+from .model import Cache, LoopLM
+from .ops import Array
+
+ROWS = 3  # places: fewer than prompts, so that each is used again
+LENGTHS = (5, 1, 3, 7, 2, 4, 1)  # of the prompts
+NEW = (6, 9, 3, 5, 1, 8, 7)  # tokens asked for
+THRESHOLDS = (0.35, 0.6, 1.0)
+
+
+class Candidate(Protocol):
+    """Who writes texts: greedy, `rows` at once; tensors and config as in the judge of models."""
+
+    name: str
+
+    def batch(
+        self,
+        tensors: Mapping[str, Array],
+        config: Mapping[str, Any],
+        prompts: Sequence[Array],
+        new_tokens: Sequence[int],
+        exit_threshold: float,
+        rows: int,
+    ) -> Sequence[Text]: ...
+
+
+class ReferenceCandidate:
+    """The reference's batch, or a wrong one, in the candidate's seat."""
+
+    def __init__(self, batch: type[ReferenceBatch] = ReferenceBatch, name: str = "reference") -> None:
+        self.kind, self.name = batch, name
+
+    def batch(
+        self,
+        tensors: Mapping[str, Array],
+        config: Mapping[str, Any],
+        prompts: Sequence[Array],
+        new_tokens: Sequence[int],
+        exit_threshold: float,
+        rows: int,
+    ) -> Sequence[Text]:
+        return self.kind(LoopLM(tensors, config), rows, exit_threshold).write(prompts, new_tokens)
+
+
+def prompts_for(config: Mapping[str, Any]) -> list[Array]:
+    rng = np.random.default_rng(5)
+    return [rng.integers(0, config["vocab_size"], length) for length in LENGTHS]
+
+
+def compare(candidate: Candidate, name: str, exit_threshold: float) -> Iterator[Row]:
+    """Every text of a batch with the same text alone: tokens and exits exactly, log-probabilities as float32 can."""
+    config = MODELS[name]
+    tensors, prompts = random_tensors(config), prompts_for(config)
+    model = LoopLM(tensors, config)
+    found = candidate.batch(tensors, config, prompts, NEW, exit_threshold, ROWS)
+    for number, (prompt, new_tokens, text) in enumerate(zip(prompts, NEW, found, strict=True), 1):
+        expected = alone(model, prompt, new_tokens, exit_threshold)
+        for what, tolerance in (("token", 0.0), ("exit_loop", 0.0), ("logprob", TOLERANCE)):
+            error = relative_error(getattr(expected, what), getattr(text, what))
+            yield Row(f"{name}: q={exit_threshold:g}.text{number}.{what}", error, tolerance)
+
+
+# ---- mistakes
+
+
+class _PositionOfTheNeighbour(ReferenceBatch):
+    def position(self, running: list[Flight], m: int) -> int:
+        return running[m - 1].cache.filled
+
+
+class _CacheRowOfTheNeighbour(ReferenceBatch):
+    def cache(self, running: list[Flight], m: int) -> Cache:
+        return running[m - 1].cache
+
+
+class _EveryRowInTheFirstOnesLoop(ReferenceBatch):
+    def loop(self, running: list[Flight], m: int) -> int:
+        return len(running[0].gate_logit)
+
+
+class _OldKeysSeen(ReferenceBatch):
+    def first_position(self, cache: Cache) -> int:
+        return cache.filled
+
+
+class _HeadRowsSwapped(ReferenceBatch):
+    def head_row(self, m: int, rows: int) -> int:
+        return rows - 1 - m
+
+
+class _DeeperSlotsLeft(ReferenceBatch):
+    def leave(self, flight: Flight, r: int) -> None:
+        """Whatever was there: here the keys and values of the position before."""
+        slots = flight.cache.slots
+        for slot in range(self.model.slot(r + 1, 0), self.model.slot(self.model.loops, 0)):
+            past = (old[:, : flight.cache.filled] for old in slots[slot])
+            slots[slot] = tuple(np.concatenate([old, old[:, -1:]], 1) for old in past)  # type: ignore[assignment]
+
+
+class _RowsInLockstep(ReferenceBatch):
+    def run_pass(self, running: list[Flight]) -> None:
+        """A row that has stopped runs on with the others, and is read where they stop."""
+        self.deepest = min(len(flight.gate_logit) for flight in running)
+        super().run_pass(running)
+
+    def stops(self, flight: Flight) -> bool:
+        return super().stops(flight) and len(flight.gate_logit) > self.deepest + 1
+
+
+MUTANTS: dict[str, type[ReferenceBatch]] = {
+    "position of the neighbouring row": _PositionOfTheNeighbour,
+    "cache row of the neighbouring row": _CacheRowOfTheNeighbour,
+    "every row in the loop of the first": _EveryRowInTheFirstOnesLoop,
+    "keys of the text before are seen": _OldKeysSeen,
+    "rows of the head's product swapped": _HeadRowsSwapped,
+    "deeper slots not filled": _DeeperSlotsLeft,
+    "rows wait for the deepest": _RowsInLockstep,
+}
+
+
+def caught(mutant: type[ReferenceBatch]) -> Row | None:
+    """The first row that catches a wrong batch, if any does."""
+    candidate = ReferenceCandidate(mutant)
+    with np.errstate(all="ignore"):
+        return first_failure(row for q in THRESHOLDS for row in compare(candidate, "grouped", q))

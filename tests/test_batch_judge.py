@@ -1,0 +1,85 @@
+"""The judge of batches: it passes what is right, catches every mistake, and none of its choices is a close call."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from looplm_cli.batch_verification import BatchCandidate
+from looplm_reference import batch_judge, batches
+from looplm_reference.batch_judge import MODELS, MUTANTS, NEW, THRESHOLDS, ReferenceCandidate, caught, compare
+from looplm_reference.batches import ReferenceBatch, Text, alone
+from looplm_reference.judge import random_tensors
+from looplm_reference.model import Cache, LoopLM
+
+EVERY = [(name, q) for name in MODELS for q in THRESHOLDS]
+
+
+@pytest.mark.parametrize(("name", "q"), EVERY)
+def test_reference_and_engine_pass(name: str, q: float) -> None:
+    for candidate in (ReferenceCandidate(), BatchCandidate(), BatchCandidate(threads=2)):
+        rows = list(compare(candidate, name, q))
+        assert len(rows) == 3 * len(NEW)
+        assert [row for row in rows if not row.ok] == []
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_every_mistake_is_caught(name: str) -> None:
+    assert caught(MUTANTS[name]) is not None
+
+
+def test_no_mistake_is_not_caught() -> None:
+    assert caught(ReferenceBatch) is None
+
+
+def test_a_text_that_is_too_short_or_slightly_off_is_objected_to() -> None:
+    class Wrong(ReferenceCandidate):
+        def batch(self, *given: Any) -> Sequence[Text]:
+            texts = list(super().batch(*given))
+            texts[1].token.pop()
+            texts[3].logprob[2] *= 1.001
+            return texts
+
+    failed = [row.name.split("q=0.6.")[1] for row in compare(Wrong(), "grouped", 0.6) if not row.ok]
+    assert failed == ["text2.token", "text4.logprob"]
+
+
+def test_alone_is_greedy_decoding_where_all_loops_run() -> None:
+    model = LoopLM(random_tensors(MODELS["grouped"]), MODELS["grouped"])
+    for prompt in batch_judge.prompts_for(MODELS["grouped"]):
+        expected = model.greedy(prompt[None], 1.0, 6)[0, len(prompt) :]
+        assert alone(model, prompt, 6, 1.0).token == expected.tolist()
+
+
+def test_alone_differs_from_full_caches_once_a_token_has_stopped_early() -> None:
+    """Else the deeper slots would have no say, and forgetting them would not show."""
+    model = LoopLM(random_tensors(MODELS["grouped"]), MODELS["grouped"])
+    prompts = batch_judge.prompts_for(MODELS["grouped"])
+    texts = [(alone(model, p, 8, 0.6).token, model.greedy(p[None], 0.6, 8)[0, len(p) :].tolist()) for p in prompts]
+    assert any(mine != full for mine, full in texts)
+
+
+@pytest.mark.parametrize(("name", "q"), EVERY)
+def test_no_choice_is_a_close_call(name: str, q: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 may differ in the sixth digit, on any processor: neither token nor exit may hang on that."""
+    gaps, feed = [], batches.feed
+
+    def watched(model: LoopLM, prompt: np.ndarray, cache: Cache, exit_threshold: float) -> tuple[np.ndarray, int]:
+        logits, r = feed(model, prompt, cache, exit_threshold)
+        second, first = np.sort(logits)[-2:]
+        gaps.append(first - second)
+        return logits, r
+
+    def exit_of(model: LoopLM, gate_logit: np.ndarray, exit_threshold: float) -> int:
+        cdf = np.cumsum(model.exit_distribution(gate_logit[:, None, None])[:-1, 0, 0])
+        gaps.extend(abs(cdf - exit_threshold))
+        return real(model, gate_logit, exit_threshold)
+
+    real = batches.exit_of
+    monkeypatch.setattr(batches, "feed", watched)
+    monkeypatch.setattr(batches, "exit_of", exit_of)
+    config = MODELS[name]
+    for prompt, count in zip(batch_judge.prompts_for(config), NEW, strict=True):
+        alone(LoopLM(random_tensors(config), config), prompt, count, q)
+    assert min(gaps) > 2e-4
