@@ -331,5 +331,11 @@ def exit_indices(rules: Sequence[ExitRule], hidden: Floats, gate_logit: Floats) 
 
 
 def readout_of(rule: Any) -> Readout | None:
-    """What a rule reads predictions with; None for one that does not, or is not bound."""
-    return readout_of(rule.rule) if isinstance(rule, Bounded) else getattr(rule, "readout", None)
+    """What a rule, or the one inside it, reads predictions with; None for one that does not, or is not bound."""
+    return readout_of(rule.rule) if hasattr(rule, "rule") else getattr(rule, "readout", None)
+
+
+def count_token(rule: Any, loops_run: int) -> None:
+    """Tell a rule that keeps count that a token has stopped after so many loops; the first is the prompt's last."""
+    if hasattr(rule, "count"):
+        rule.count(loops_run)

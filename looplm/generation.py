@@ -6,7 +6,7 @@ rows that come and go, drafts, and anything that prints.
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from .cache import KeyValueCache, KeyValueType, Policy
 from .config import ModelConfig
 from .decoder import Decoder
 from .errors import DataError, UsageError
-from .exits import ExitRule, exit_index, readout_of
+from .exits import ExitRule, count_token, exit_index, readout_of
 from .memory import GIB, SHARE, available_memory, resident
 from .model import Trace
 from .sampling import Sampling, choose
@@ -150,6 +150,9 @@ class Session:
             self._decoder.cache_moved()
 
 
+SomeSession = TypeVar("SomeSession", bound=Session)
+
+
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """One new token, the loops it took, and on the last one why it is the last."""
@@ -194,6 +197,24 @@ def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
         )
 
 
+def open_session(
+    weights: Weights | StoredWeights,
+    prompt_ids: Ints,
+    loops: int,
+    max_new_tokens: int,
+    policy: Policy,
+    kv_dtype: KeyValueType,
+    threads: int,
+    kind: type[SomeSession],
+) -> SomeSession:
+    """A session for a prompt (S) and what follows it.  Raises: DataError if one of them does not fit."""
+    config = weights.config
+    check_prompt(prompt_ids, config)
+    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
+    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
+    return kind(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
+
+
 def generate(
     weights: Weights | StoredWeights,
     prompt_ids: Ints,
@@ -214,12 +235,8 @@ def generate(
 
     Raises: DataError, before anything runs, if the prompt does not fit the model, or its keys and values the memory.
     """
-    check_prompt(prompt_ids, weights.config)
-    chosen = Sampling() if sampling is None else sampling
-    config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
-    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
-    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
-    session = Session(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
+    loops, chosen = rule.deepest(weights.config.total_ut_steps), Sampling() if sampling is None else sampling
+    session = open_session(weights, prompt_ids, loops, max_new_tokens, policy, kv_dtype, threads, Session)
     return _continue(session, prompt_ids, prompt_ids[:0], rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
 
 
@@ -236,10 +253,10 @@ def _continue(
     if max_new_tokens < 1:
         return
     config, prompt = session.weights.config, np.ascontiguousarray(prompt_ids, np.int64)
-    for begin in range(0, prompt.size, PREFILL_ROWS):
-        trace = session.feed(prompt[None, begin : begin + PREFILL_ROWS])
+    trace = feed_prompt(session, prompt)
     last = trace.hidden[:, :, -1]
     exit_at, loops_run = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0]), session.loops
+    count_token(rule, loops_run)
     logits = session.weights.logits(last[exit_at, 0])
     del trace, last  # all states of a chunk of the prompt
 
@@ -248,20 +265,30 @@ def _continue(
     token = np.empty(1, np.int64)
     for count in range(1, max_new_tokens + 1):
         token[0], logprob = choose(logits, sampling, rng.random(), seen)
-        finish: Finish | None = None
-        if int(token[0]) in stop_ids:
-            finish = "stop token"
-        elif count == max_new_tokens:
-            finish = "max_new_tokens"
-        elif session.filled == config.max_position_embeddings:
-            finish = "context full"
+        room = session.filled < config.max_position_embeddings
+        finish = why_last(int(token[0]), stop_ids, count < max_new_tokens, room)
         yield Generated(int(token[0]), exit_at, loops_run, logprob, finish)
         if finish is not None:
             return
         seen[token] = True
         exits = session.advance(token, rule)
         exit_at, loops_run = int(exits[0]), session.loops_run
+        count_token(rule, loops_run)
         logits = session.logits(exits, rule)[0]
+
+
+def feed_prompt(session: Session, prompt_ids: Ints) -> Trace:
+    """A prompt through all loops, a chunk at a time.  prompt_ids: S -> the Trace of the last chunk."""
+    for begin in range(0, prompt_ids.size, PREFILL_ROWS):
+        trace = session.feed(prompt_ids[None, begin : begin + PREFILL_ROWS])
+    return trace
+
+
+def why_last(token: int, stop_ids: Collection[int], more_wanted: bool, room: bool) -> Finish | None:
+    """Why a new token is the last one; None if it is not."""
+    if token in stop_ids:
+        return "stop token"
+    return "max_new_tokens" if not more_wanted else None if room else "context full"
 
 
 class StopStrings:

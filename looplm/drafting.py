@@ -1,0 +1,330 @@
+"""Draft and verify: a few loops guess the next tokens, the full depth checks all guesses together.
+
+A round starts from a token whose position is new.  It and every draft behind it run the first loops, one after the
+other, and the head reads each draft there.  Then the deeper loops run over all these positions at once, one pass over
+the weights per loop instead of one per loop and token, on the states, keys and values that drafting left: those of a
+loop depend on the same loop of earlier positions alone, so they are what full decoding would have.  What the full depth
+says to each position either confirms the draft that follows or replaces it; positions behind a replaced draft are
+forgotten.
+
+Greedy text is that of full decoding to the bit of its logits, and sampled text has exactly its distribution (accepted
+with probability min(1, p / q), else drawn again from what p has more than q).  Knowingly not here: early exit.
+"""
+
+import dataclasses
+import time
+from collections.abc import Collection, Iterator
+
+import numpy as np
+
+from .arrays import Array, Floats, Ints
+from .cache import KeyValueType
+from .errors import UsageError
+from .generation import Generated, Session, feed_prompt, open_session, why_last
+from .kernels.product.stored import FEW_ROWS
+from .sampling import Sampling, accepts, choose, draw, log_probability, probabilities, remainder
+from .stored import StoredWeights
+from .weights import Weights
+
+MOST_DRAFTS = FEW_ROWS - 1  # with the token before them they must be few rows: more are rounded in another way
+AUTOMATIC_DRAFTS = 8  # the most that are chosen automatically
+MEMORY = 0.98  # what a round's evidence is still worth a round later, when drafts are chosen automatically
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafts:
+    """How to draft; None: chosen while running.  Raises: UsageError for numbers that cannot be."""
+
+    loops: int | None = None  # that a draft runs
+    tokens: int | None = None  # drafted between two checks
+
+    def __post_init__(self) -> None:
+        if self.loops is not None and self.loops < 1:
+            raise UsageError(f"drafts of {self.loops} loops cannot be", "a draft runs at least 1 loop")
+        if self.tokens is not None and not 1 <= self.tokens <= MOST_DRAFTS:
+            raise UsageError(
+                f"{self.tokens} drafted tokens cannot be checked together", f"draft between 1 and {MOST_DRAFTS} tokens"
+            )
+
+    def depths(self, full: int) -> list[int]:
+        """The loops that a draft may run before `full` check it.  Raises: UsageError if they are not fewer."""
+        if full < 2 or (self.loops or 1) >= full:
+            raise UsageError(
+                f"drafts of {self.loops or 1} loops cannot be checked by a full depth of {full}",
+                f"draft with 1 to {full - 1} loops" if full > 1 else "a model of one loop has nothing to draft with",
+            )
+        return [self.loops] if self.loops else list(range(1, full))
+
+
+@dataclasses.dataclass
+class Timed:
+    """Something done several times, and how long it took in all."""
+
+    seconds: float = 0.0
+    count: int = 0
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        self.seconds += seconds
+        self.count += count
+
+    @property
+    def mean(self) -> float:
+        return self.seconds / self.count if self.count else 0.0
+
+
+@dataclasses.dataclass
+class DraftAccount:
+    """What drafting did and what it cost; the times leave out the first round, which loads kernels."""
+
+    full: int = 0  # loops
+    rounds: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    choices: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # (loops, tokens): rounds
+    new_tokens: Timed = dataclasses.field(default_factory=Timed)  # everything: whole rounds, per token they gave
+    single_pass: Timed = dataclasses.field(default_factory=Timed)  # one loop of one position
+    joint_pass: Timed = dataclasses.field(default_factory=Timed)  # one loop of several
+    joint_rows: int = 0  # positions of all those passes
+    choice: Timed = dataclasses.field(default_factory=Timed)  # head and choice of one draft
+    check: Timed = dataclasses.field(default_factory=Timed)  # head and choice by the full depth, per position
+
+    @property
+    def acceptance(self) -> float | None:
+        """Share of the drafts that stood."""
+        return self.accepted / self.drafted if self.drafted else None
+
+    @property
+    def speedup(self) -> float | None:
+        """Time of a token in full decoding, by the cost of its passes here, over what one took; None if not known."""
+        if not self.new_tokens.mean or not self.single_pass.count:
+            return None
+        head = self.choice if self.choice.count else self.check
+        return (self.full * self.single_pass.mean + head.mean) / self.new_tokens.mean
+
+    @property
+    def further_row(self) -> float:
+        """Seconds that each further position adds to a pass; 0 as long as it is not known."""
+        extra = self.joint_rows - self.joint_pass.count
+        return max(0.0, self.joint_pass.seconds - self.joint_pass.count * self.single_pass.mean) / max(1, extra)
+
+
+class Drafter(Session):
+    """A session of one row that takes several tokens per round."""
+
+    account: DraftAccount
+
+    def draft(
+        self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
+    ) -> tuple[list[int], list[Array]]:
+        """`token` and `count` drafts through the first loops -> the drafts, and the distribution each was drawn from.
+
+        seen: V, as it was before.
+        """
+        drafts: list[int] = []
+        guesses: list[Array] = []
+        known = seen.copy() if sampling.repetition_penalty != 1.0 else seen
+        for row in range(count + 1):
+            began = time.perf_counter()
+            self._run_first_loops(token, row, loops)
+            ran = time.perf_counter()
+            self._timed(self.account.single_pass, ran - began, loops)
+            if row == count:
+                break
+            guess = probabilities(self._read(loops, row, 1)[0], sampling, known)
+            token = draw(guess, rng.random()) if sampling.temperature else int(guess.argmax())
+            drafts.append(token)
+            guesses.append(guess)
+            if known is not seen:
+                known[token] = True
+            self._timed(self.account.choice, time.perf_counter() - ran)
+        return drafts, guesses
+
+    def check(self, loops: int, count: int) -> Floats:
+        """The deeper loops over the positions that `draft` began, all at once -> logits: `count` x V."""
+        began = time.perf_counter()
+        self._decoder.place(0, self._positions(count), count)
+        for r in range(loops, self.loops):
+            self._decoder.run_loop(r, count, 1)
+        passes = self.loops - loops
+        if count == 1:
+            self._timed(self.account.single_pass, time.perf_counter() - began, passes)
+        elif self._timed(self.account.joint_pass, time.perf_counter() - began, passes):
+            self.account.joint_rows += passes * count
+        return self._read(self.loops, 0, count)
+
+    def judge(
+        self,
+        logits: Floats,
+        drafts: list[int],
+        guesses: list[Array],
+        sampling: Sampling,
+        rng: np.random.Generator,
+        seen: Array,
+    ) -> list[int]:
+        """The tokens that stand: the drafts accepted, then one of the full depth's own.  logits: (drafts + 1) x V.
+
+        seen: V, to which the tokens are added.
+        """
+        found: list[int] = []
+        for row, scores in enumerate(logits):
+            prob = probabilities(scores, sampling, seen)
+            if row < len(drafts):
+                token, stands = drafts[row], self._accepts(prob, guesses[row], drafts[row], rng)
+                prob = prob if stands else remainder(prob, guesses[row])
+            else:
+                stands = False
+            if not stands:
+                token = draw(prob, rng.random()) if sampling.temperature else int(prob.argmax())
+            found.append(token)
+            seen[token] = True
+            if not stands:
+                break
+        return found
+
+    def round(
+        self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
+    ) -> list[tuple[int, float]]:
+        """One round behind a token not yet fed -> the tokens that follow it, and their log-probabilities.  seen: V."""
+        began = time.perf_counter()
+        self._make_room(count + 1)
+        drafts, guesses = self.draft(token, loops, count, sampling, rng, seen)
+        logits = self.check(loops, count + 1)
+        ran = time.perf_counter()
+        found = self.judge(logits, drafts, guesses, sampling, rng, seen)
+        told = [(one, log_probability(scores, one)) for one, scores in zip(found, logits, strict=False)]
+        self._keep(len(found), count + 1)
+        ended = time.perf_counter()
+        self._timed(self.account.check, ended - ran, count + 1)
+        self._timed(self.account.new_tokens, ended - began, len(found))
+        self.account.rounds += 1
+        self.account.drafted += count
+        self.account.accepted += len(found) - 1
+        self.account.choices[loops, count] = self.account.choices.get((loops, count), 0) + 1
+        return told
+
+    def _run_first_loops(self, token: int, row: int, loops: int) -> None:
+        decoder = self._decoder
+        decoder.embedded[row] = self.weights.embedded(np.array([token]))[0]
+        decoder.place(0, self.filled + row)
+        for r in range(loops):
+            decoder.run_loop(r, 1, 1, first=row)
+
+    def _read(self, loops: int, row: int, count: int) -> Floats:
+        return self._decoder.logits(self._decoder.states[loops - 1, row : row + count])
+
+    def _positions(self, count: int) -> Ints:
+        return self.filled + np.arange(count)
+
+    def _accepts(self, prob: Array, guess: Array, token: int, rng: np.random.Generator) -> bool:
+        return accepts(prob, guess, token, rng.random())
+
+    def _keep(self, count: int, run: int) -> None:
+        """Of the positions that ran, the first ones hold what was written; later rounds overwrite the others."""
+        self.cache.append(count)
+
+    def _timed(self, what: Timed, seconds: float, count: int = 1) -> bool:
+        """Whether it counts: not in the first round."""
+        if self.account.rounds:
+            what.add(seconds, count)
+        return self.account.rounds > 0
+
+
+class Planner:
+    """How deep and how far to draft: what is cheapest per expected token, by acceptance and cost so far.
+
+    Drafting k tokens that each stand with chance a gives 1 + a + ... + a^k tokens a round.  The chance of a depth is
+    that of its drafts so far, and one success more: what was not tried is thought well of, and so are, since evidence
+    fades, depths that failed long ago.  Not to draft at all is one of the choices.
+    """
+
+    def __init__(self, drafts: Drafts, full: int, account: DraftAccount) -> None:
+        self._depths, self._full, self._account = drafts.depths(full), full, account
+        self._lengths = [drafts.tokens] if drafts.tokens else list(range(AUTOMATIC_DRAFTS + 1))
+        self._stood = dict.fromkeys(self._depths, 0.0)
+        self._judged = dict.fromkeys(self._depths, 0.0)
+
+    def choose(self, most: int) -> tuple[int, int]:
+        """Loops and tokens of the next round, at most so many tokens."""
+        lengths = sorted({min(length, most) for length in self._lengths})
+        choices = [(loops, count) for loops in self._depths for count in lengths]
+        return choices[0] if len(choices) == 1 else min(choices, key=self._cost)
+
+    def learn(self, loops: int, judged: int, stood: int) -> None:
+        """So many drafts were judged in a round, and so many of them stood."""
+        for depth in self._depths:
+            self._judged[depth] *= MEMORY
+            self._stood[depth] *= MEMORY
+        self._judged[loops] += judged
+        self._stood[loops] += stood
+
+    def _cost(self, choice: tuple[int, int]) -> float:
+        """Seconds per expected token; as long as nothing is timed, passes."""
+        loops, count = choice
+        account = self._account
+        single, further = account.single_pass.mean or 1.0, account.further_row
+        passes = (loops * (count + 1) + self._full - loops) * single + (self._full - loops) * count * further
+        heads = count * account.choice.mean + (count + 1) * account.check.mean
+        chance = (self._stood[loops] + 1.0) / (self._judged[loops] + 1.0)
+        return (passes + heads) / sum(chance**i for i in range(count + 1))
+
+
+def generate_drafted(
+    weights: Weights | StoredWeights,
+    prompt_ids: Ints,
+    drafts: Drafts,
+    *,
+    rng: np.random.Generator,
+    sampling: Sampling | None = None,
+    loops: int | None = None,
+    max_new_tokens: int = 128,
+    stop_ids: Collection[int] = (),
+    kv_dtype: KeyValueType = "float32",
+    threads: int = 1,
+    account: DraftAccount | None = None,
+    kind: type[Drafter] = Drafter,
+) -> Iterator[Generated]:
+    """As `generate` with all loops (or `loops` of them), by draft and verify.  prompt_ids: S.
+
+    `account` is filled while tokens come.
+
+    Raises: DataError, before anything runs, if the prompt does not fit the model; UsageError if the drafts do not.
+    """
+    full = weights.config.total_ut_steps if loops is None else loops
+    account = DraftAccount() if account is None else account
+    account.full = full
+    planner = Planner(drafts, full, account)
+    session = open_session(weights, prompt_ids, full, max_new_tokens, "full", kv_dtype, threads, kind)
+    session.account = account
+    chosen, ends = Sampling() if sampling is None else sampling, frozenset(stop_ids)
+    return _continue(session, planner, np.ascontiguousarray(prompt_ids, np.int64), rng, chosen, max_new_tokens, ends)
+
+
+def _continue(
+    session: Drafter,
+    planner: Planner,
+    prompt: Ints,
+    rng: np.random.Generator,
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop_ids: frozenset[int],
+) -> Iterator[Generated]:
+    if max_new_tokens < 1:
+        return
+    context, last = session.weights.config.max_position_embeddings, session.loops - 1
+    logits = session.weights.logits(feed_prompt(session, prompt).hidden[last, 0, -1])
+    seen = np.zeros(session.weights.config.vocab_size, np.bool_)
+    seen[prompt] = True
+    found = [choose(logits, sampling, rng.random(), seen)]
+    seen[found[0][0]] = True
+    written, position = 0, prompt.size  # tokens given out, and the position of the next one
+    while True:
+        for token, logprob in found:
+            written += 1
+            finish = why_last(token, stop_ids, written < max_new_tokens, position < context)
+            yield Generated(token, last, session.loops, logprob, finish)
+            if finish is not None:
+                return
+            position += 1
+        depth, count = planner.choose(min(max_new_tokens - written, context - session.filled) - 1)
+        found = session.round(token, depth, count, sampling, rng, seen)
+        planner.learn(depth, min(count, len(found)), len(found) - 1)
