@@ -12,7 +12,9 @@ with probability min(1, p / q), else drawn again from what p has more than q).  
 """
 
 import dataclasses
+import statistics
 import time
+from collections import deque
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -29,6 +31,8 @@ from .weights import Weights
 MOST_DRAFTS = FEW_ROWS - 1  # with the token before them they must be few rows: more are rounded in another way
 AUTOMATIC_DRAFTS = 8  # the most that are chosen automatically
 MEMORY = 0.98  # what a round's evidence is still worth a round later, when drafts are chosen automatically
+KEPT = 4  # rounds that a choice holds
+REMEMBERED = 32  # times that a median is taken over
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,18 +62,25 @@ class Drafts:
 
 @dataclasses.dataclass
 class Timed:
-    """Something done several times, and how long it took in all."""
+    """Something done several times, and what it took in all; `typical` forgives the times that other work took."""
 
     seconds: float = 0.0
     count: int = 0
+    recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=REMEMBERED))
 
     def add(self, seconds: float, count: int = 1) -> None:
         self.seconds += seconds
         self.count += count
+        self.recent.append(seconds / count)
 
     @property
     def mean(self) -> float:
         return self.seconds / self.count if self.count else 0.0
+
+    @property
+    def typical(self) -> float:
+        """Median of the recent ones."""
+        return statistics.median(self.recent) if self.recent else 0.0
 
 
 @dataclasses.dataclass
@@ -83,8 +94,7 @@ class DraftAccount:
     choices: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # (loops, tokens): rounds
     new_tokens: Timed = dataclasses.field(default_factory=Timed)  # everything: whole rounds, per token they gave
     single_pass: Timed = dataclasses.field(default_factory=Timed)  # one loop of one position
-    joint_pass: Timed = dataclasses.field(default_factory=Timed)  # one loop of several
-    joint_rows: int = 0  # positions of all those passes
+    further_row: Timed = dataclasses.field(default_factory=Timed)  # what another position adds to such a pass
     choice: Timed = dataclasses.field(default_factory=Timed)  # head and choice of one draft
     check: Timed = dataclasses.field(default_factory=Timed)  # head and choice by the full depth, per position
 
@@ -96,16 +106,9 @@ class DraftAccount:
     @property
     def speedup(self) -> float | None:
         """Time of a token in full decoding, by the cost of its passes here, over what one took; None if not known."""
-        if not self.new_tokens.mean or not self.single_pass.count:
+        if not self.new_tokens.count or not self.single_pass.count:
             return None
-        head = self.choice if self.choice.count else self.check
-        return (self.full * self.single_pass.mean + head.mean) / self.new_tokens.mean
-
-    @property
-    def further_row(self) -> float:
-        """Seconds that each further position adds to a pass; 0 as long as it is not known."""
-        extra = self.joint_rows - self.joint_pass.count
-        return max(0.0, self.joint_pass.seconds - self.joint_pass.count * self.single_pass.mean) / max(1, extra)
+        return (self.full * self.single_pass.mean + self.check.mean) / self.new_tokens.mean
 
 
 class Drafter(Session):
@@ -139,18 +142,17 @@ class Drafter(Session):
             self._timed(self.account.choice, time.perf_counter() - ran)
         return drafts, guesses
 
-    def check(self, loops: int, count: int) -> Floats:
-        """The deeper loops over the positions that `draft` began, all at once -> logits: `count` x V."""
+    def check(self, loops: int, count: int) -> None:
+        """The deeper loops over the `count` positions that `draft` began, all at once."""
         began = time.perf_counter()
         self._decoder.place(0, self._positions(count), count)
         for r in range(loops, self.loops):
             self._decoder.run_loop(r, count, 1)
-        passes = self.loops - loops
+        spent, passes, account = time.perf_counter() - began, self.loops - loops, self.account
         if count == 1:
-            self._timed(self.account.single_pass, time.perf_counter() - began, passes)
-        elif self._timed(self.account.joint_pass, time.perf_counter() - began, passes):
-            self.account.joint_rows += passes * count
-        return self._read(self.loops, 0, count)
+            self._timed(account.single_pass, spent, passes)
+        else:
+            self._timed(account.further_row, spent - passes * account.single_pass.typical, passes * (count - 1))
 
     def judge(
         self,
@@ -188,8 +190,9 @@ class Drafter(Session):
         began = time.perf_counter()
         self._make_room(count + 1)
         drafts, guesses = self.draft(token, loops, count, sampling, rng, seen)
-        logits = self.check(loops, count + 1)
+        self.check(loops, count + 1)
         ran = time.perf_counter()
+        logits = self._read(self.loops, 0, count + 1)
         found = self.judge(logits, drafts, guesses, sampling, rng, seen)
         told = [(one, log_probability(scores, one)) for one, scores in zip(found, logits, strict=False)]
         self._keep(len(found), count + 1)
@@ -222,11 +225,9 @@ class Drafter(Session):
         """Of the positions that ran, the first ones hold what was written; later rounds overwrite the others."""
         self.cache.append(count)
 
-    def _timed(self, what: Timed, seconds: float, count: int = 1) -> bool:
-        """Whether it counts: not in the first round."""
+    def _timed(self, what: Timed, seconds: float, count: int = 1) -> None:
         if self.account.rounds:
             what.add(seconds, count)
-        return self.account.rounds > 0
 
 
 class Planner:
@@ -238,34 +239,41 @@ class Planner:
     """
 
     def __init__(self, drafts: Drafts, full: int, account: DraftAccount) -> None:
-        self._depths, self._full, self._account = drafts.depths(full), full, account
-        self._lengths = [drafts.tokens] if drafts.tokens else list(range(AUTOMATIC_DRAFTS + 1))
-        self._stood = dict.fromkeys(self._depths, 0.0)
-        self._judged = dict.fromkeys(self._depths, 0.0)
+        self._full, self._account = full, account
+        lengths = [drafts.tokens] if drafts.tokens else range(AUTOMATIC_DRAFTS + 1)
+        self._choices = [(loops, count) for loops in drafts.depths(full) for count in lengths]
+        self._stood = dict.fromkeys(drafts.depths(full), 0.0)
+        self._judged = dict.fromkeys(drafts.depths(full), 0.0)
+        self._rounds, self._chosen = 0, self._choices[0]
 
     def choose(self, most: int) -> tuple[int, int]:
         """Loops and tokens of the next round, at most so many tokens."""
-        lengths = sorted({min(length, most) for length in self._lengths})
-        choices = [(loops, count) for loops in self._depths for count in lengths]
-        return choices[0] if len(choices) == 1 else min(choices, key=self._cost)
+        if len(self._choices) > 1 and self._rounds % KEPT == 0:
+            self._chosen = self._cheapest()
+        self._rounds += 1
+        return self._chosen[0], min(self._chosen[1], most)
 
     def learn(self, loops: int, judged: int, stood: int) -> None:
         """So many drafts were judged in a round, and so many of them stood."""
-        for depth in self._depths:
+        for depth in self._judged:
             self._judged[depth] *= MEMORY
             self._stood[depth] *= MEMORY
         self._judged[loops] += judged
         self._stood[loops] += stood
 
-    def _cost(self, choice: tuple[int, int]) -> float:
-        """Seconds per expected token; as long as nothing is timed, passes."""
-        loops, count = choice
-        account = self._account
-        single, further = account.single_pass.mean or 1.0, account.further_row
-        passes = (loops * (count + 1) + self._full - loops) * single + (self._full - loops) * count * further
-        heads = count * account.choice.mean + (count + 1) * account.check.mean
-        chance = (self._stood[loops] + 1.0) / (self._judged[loops] + 1.0)
-        return (passes + heads) / sum(chance**i for i in range(count + 1))
+    def _cheapest(self) -> tuple[int, int]:
+        """By seconds per expected token; as long as nothing is timed, by passes."""
+        account, full = self._account, self._full
+        single, further = account.single_pass.typical or 1.0, max(0.0, account.further_row.typical)
+        draft, check = account.choice.typical, account.check.typical
+
+        def cost(choice: tuple[int, int]) -> float:
+            loops, count = choice
+            chance = (self._stood[loops] + 1.0) / (self._judged[loops] + 1.0)
+            passes = (loops * (count + 1) + full - loops) * single + (full - loops) * count * further
+            return (passes + count * draft + (count + 1) * check) / sum(chance**i for i in range(count + 1))
+
+        return min(self._choices, key=cost)
 
 
 def generate_drafted(

@@ -5,7 +5,6 @@ import itertools
 import numpy as np
 import pytest
 
-from looplm import drafting
 from looplm.arrays import Floats
 from looplm.drafting import DraftAccount, Drafter, Drafts, Planner, generate_drafted
 from looplm.errors import DataError, UsageError
@@ -105,7 +104,7 @@ def test_it_ends_as_plain_decoding_does(weights: Weights) -> None:
 
 def test_passes_are_what_drafting_says(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[tuple[int, int]] = []
-    real = drafting.Session._make_room
+    real = Drafter._make_room
 
     def counted(session: Drafter, positions: int) -> None:
         decoder = session._decoder
@@ -235,12 +234,11 @@ def test_a_seed_fixes_a_sampled_text(weights: Weights) -> None:
 # ---- what is chosen, and what is said
 
 
-def planner(single: float, further: float, drafts: Drafts = Drafts()) -> Planner:
+def planner(single: float, further: float, drafts: Drafts | None = None) -> Planner:
     account = DraftAccount(full=4)
     account.single_pass.add(single)
-    account.joint_pass.add(single + further)
-    account.joint_rows = 2
-    return Planner(drafts, 4, account)
+    account.further_row.add(further)
+    return Planner(drafts or Drafts(), 4, account)
 
 
 def settle(chosen: Planner, chances: dict[int, float], rounds: int = 300) -> list[tuple[int, int]]:
@@ -284,7 +282,7 @@ def test_the_account(weights: Weights) -> None:
     assert account.acceptance == account.accepted / account.drafted
     account = DraftAccount(full=4, rounds=2)
     account.single_pass.add(2.0, 2)
-    account.choice.add(0.5)
+    account.check.add(0.5)
     account.new_tokens.add(9.0, 3)
     assert account.speedup == 4.5 / 3.0
 
