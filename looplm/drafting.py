@@ -104,6 +104,10 @@ class DraftAccount:
         return self.accepted / self.drafted if self.drafted else None
 
     @property
+    def tokens_per_round(self) -> float:
+        return (self.rounds + self.accepted) / max(1, self.rounds)
+
+    @property
     def speedup(self) -> float | None:
         """Time of a token in full decoding, by the cost of its passes here, over what one took; None if not known."""
         if not self.new_tokens.count or not self.single_pass.count:

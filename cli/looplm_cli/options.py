@@ -70,6 +70,13 @@ def parse_exits(values: list[str] | None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def parse_drafts(value: str | None) -> str | None:
+    """A whole number above 0, or `auto`."""
+    if value is not None and value != "auto" and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise typer.BadParameter(f"{value!r} is neither a number above 0 nor `auto`")
+    return value
+
+
 CorpusArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -155,6 +162,64 @@ LoopsOption = Annotated[
         min=1,
         show_default="as trained",
         help="How often the stack is applied.",
+        rich_help_panel=LOOPS,
+    ),
+]
+DraftLoopsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-loops",
+        metavar="R|auto",
+        show_default="no drafts",
+        callback=parse_drafts,
+        help="Draft tokens with the first R loops and check them with all loops together: the same text, sooner where "
+        "drafts stand. auto: what is cheapest by acceptance and cost so far.",
+        rich_help_panel=LOOPS,
+    ),
+]
+DraftTokensOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-tokens",
+        metavar="K|auto",
+        show_default="auto with --draft-loops",
+        callback=parse_drafts,
+        help="Tokens drafted between two checks.",
+        rich_help_panel=LOOPS,
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-loops-per-token",
+        metavar="X",
+        min=1.0,
+        show_default=False,
+        callback=finite,
+        help="At most X loops per token on average, at any moment. Without --q and --exit the gate's threshold is "
+        "steered so that the budget is used where the gate wants it.",
+        rich_help_panel=LOOPS,
+    ),
+]
+MaxMsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-ms-per-token",
+        metavar="MS",
+        min=0.001,
+        show_default=False,
+        callback=finite,
+        help="As deep as MS milliseconds per token allow, by what loops have taken so far; one loop always runs.",
+        rich_help_panel=LOOPS,
+    ),
+]
+ExitTraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--exit-trace",
+        metavar="FILE",
+        show_default=False,
+        help="Stop after the loops this file lists, one per new token, whatever the gate says.",
         rich_help_panel=LOOPS,
     ),
 ]

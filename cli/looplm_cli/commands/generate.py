@@ -5,11 +5,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from looplm_cli.options import (
+    BudgetOption,
+    DraftLoopsOption,
+    DraftTokensOption,
     ExitOption,
+    ExitTraceOption,
     JsonOption,
     KvDtypeOption,
     KvOption,
     LoopsOption,
+    MaxMsOption,
     MaxNewTokensOption,
     MinLoopsOption,
     MinPOption,
@@ -50,6 +55,11 @@ def generate(
         typer.Option("--stop", show_default=False, help="End before this text; may be repeated."),
     ] = None,
     kv: KvOption = "last-exited",
+    draft_loops: DraftLoopsOption = None,
+    draft_tokens: DraftTokensOption = None,
+    budget_loops_per_token: BudgetOption = None,
+    max_ms_per_token: MaxMsOption = None,
+    exit_trace: ExitTraceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     weights: WeightsOption = None,
@@ -65,15 +75,18 @@ def generate(
     starts a new document.
 
     [bold]looplm generate -p "The with statement" --q 0.7 -n 200[/bold]
+
+    With --draft-loops, the first loops draft tokens and all loops check them: the text is that of full depth, to the
+    last bit where it is greedy, and in distribution where it is sampled (a seed then fixes it only for given R and K).
     """
     import numpy as np
 
     from looplm import generation
     from looplm.chat_template import stop_ids
     from looplm.sampling import Sampling
+    from looplm_cli.decoding import Decoding, Wishes
     from looplm_cli.inputs import (
         check_loops,
-        chosen_rule,
         key_value_policy,
         key_value_type,
         open_stored,
@@ -84,6 +97,18 @@ def generate(
     from looplm_cli.written import Written
 
     policy, cache_dtype = key_value_policy(kv), key_value_type(kv_dtype)
+    wishes = Wishes(
+        q=q,
+        exit=exit,
+        min_loops=min_loops,
+        loops=loops,
+        kv=kv,
+        draft_loops=draft_loops,
+        draft_tokens=draft_tokens,
+        max_ms_per_token=max_ms_per_token,
+        budget_loops_per_token=budget_loops_per_token,
+        exit_trace=exit_trace,
+    )
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -93,26 +118,24 @@ def generate(
     text = "" if prompt is None else read_prompt(prompt)
     prompt_ids = _prompt_ids(opened, text)
     own_loops = opened.config.total_ut_steps
-    rule, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
-    if told and not quiet:
-        say(told)
-    check_loops(opened, None if rule.deepest(own_loops) == own_loops else rule.deepest(own_loops))
+    decoding = Decoding(opened, wishes, max_new_tokens)
+    if decoding.told and not quiet:
+        say(decoding.told)
+    check_loops(opened, None if decoding.depth == own_loops else decoding.depth)
     ends, warnings = stop_ids(opened.folder, opened.special_tokens, opened.tokenizer)
     for warning in warnings:
         print_warning(warning)
-    tokens = generation.generate(
-        opened.weights,
+    tokens = decoding.tokens(
         prompt_ids,
-        rule=rule,
+        policy,
         rng=np.random.default_rng(seed),
         sampling=sampling,
         max_new_tokens=max_new_tokens,
         stop_ids=ends,
-        policy=policy,
         kv_dtype=cache_dtype,
         threads=threads or generation.useful_threads(opened.weights),
     )
-    written = Written(max(own_loops, rule.deepest(own_loops)))
+    written = Written(max(own_loops, decoding.depth))
     if not (as_json or quiet):
         _show_prompt(text)
     decoder = opened.tokenizer.stream()
@@ -125,14 +148,14 @@ def generate(
     except KeyboardInterrupt:
         written.end("", False, shown=not as_json)
         if not quiet:
-            say(written.summary())
+            say(written.summary() + decoding.summary())
         raise
     if not quiet:
-        say(written.summary())
+        say(written.summary() + decoding.summary())
     if as_json:
         settings = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(prompt_ids.size), "seed": seed}
-        settings |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": kv}
-        print_json({**settings, **written.report(opened.tokenizer)})
+        settings |= {"q": q, "exit": str(decoding.rule), "loops": written.depth, "kv": kv}
+        print_json({**settings, **written.report(opened.tokenizer), **decoding.report()})
 
 
 def _prompt_ids(opened: "Opened", text: str) -> "Ints":
