@@ -15,7 +15,7 @@ from in_process import looplm, report_of
 from looplm.checkpoint import read_tensors
 from looplm.kernels.product.select import PATHS
 from looplm.safetensors_file import write_tensors
-from looplm_cli import engine_candidate, verification
+from looplm_cli import draft_verification, engine_candidate, verification
 from looplm_reference import bfloat16, quantized_judge
 from looplm_reference.model import LoopLM
 from looplm_reference.mutants import MODEL_MUTANTS, OP_MUTANTS, ModelMutant
@@ -73,6 +73,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
         "bf16 mutants",
         "quantized",
         "quantized mutants",
+        "drafts",
+        "draft mutants",
     ]
     checks = [check for section in report["sections"] for check in section.get("checks", [])]
     mutants = [mutant for section in report["sections"] for mutant in section.get("mutants", [])]
@@ -85,7 +87,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
     compared = sum(check["comparisons"] for check in checks)
     compared += sum(len(folder["rows"]) for folder in report["folders"])
     assert f"{compared} comparisons pass, {len(mutants)} mutants caught" in text
-    assert len(mutants) == len(OP_MUTANTS) + len(MODEL_MUTANTS) + len(bfloat16.MUTANTS) + len(quantized_judge.MUTANTS)
+    in_parts = (OP_MUTANTS, MODEL_MUTANTS, bfloat16.MUTANTS, quantized_judge.MUTANTS, draft_verification.MUTANTS)
+    assert len(mutants) == sum(map(len, in_parts))
 
 
 def test_a_fixture_folder_passes_row_by_row() -> None:

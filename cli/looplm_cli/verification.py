@@ -20,6 +20,7 @@ from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm.stored import StoredWeights, convert, is_matrix
+from looplm_cli import draft_verification
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
@@ -67,6 +68,8 @@ def sections(threads: int) -> list[Section]:
         Section("bf16 mutants", "mistakes made in rounding on purpose", _bfloat16_mutants(), mutants=True),
         Section("quantized", "int8 and int4 weights, against what they stand for", _quantized()),
         Section("quantized mutants", "mistakes made in reading such weights", _quantized_mutants(), mutants=True),
+        Section("drafts", "drafted and verified text against greedy decoding by recomputation", _drafts()),
+        Section("draft mutants", "mistakes made in drafting on purpose", _draft_mutants(), mutants=True),
     ]
 
 
@@ -146,6 +149,19 @@ def _op_mutants() -> Iterator[Check]:
 
 def _model_mutants() -> Iterator[Check]:
     for mutant in mutants.MODEL_MUTANTS:
+        caught = mutant.first_failure()
+        yield Check(mutant.name, caught is not None, [caught] if caught else [])
+
+
+def _drafts() -> Iterator[Check]:
+    for name, config in draft_verification.MODELS.items():
+        if config["total_ut_steps"] > 1:
+            yield _compared(f"{name}: tokens and probabilities", list(draft_verification.compare(name)))
+    yield _compared("what stands is distributed as the full model", list(draft_verification.compare_distributions()))
+
+
+def _draft_mutants() -> Iterator[Check]:
+    for mutant in draft_verification.MUTANTS:
         caught = mutant.first_failure()
         yield Check(mutant.name, caught is not None, [caught] if caught else [])
 
