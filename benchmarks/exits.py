@@ -34,7 +34,7 @@ from benchmarks.side_by_side import DECODE_CONFIGS, BenchmarkError, paired, proc
 from looplm.arrays import Ints
 from looplm.cache import POLICIES
 from looplm.checkpoint import resolve_model
-from looplm.drafting import DraftAccount, Drafts, generate_drafted
+from looplm.drafting import FLOW, DraftAccount, Drafts, Length, generate_drafted
 from looplm.errors import LoopLMError
 from looplm.exit_trace import ExitTrace
 from looplm.exits import LearnedGate
@@ -219,7 +219,11 @@ HEADER = ("measure", "config", "format", "threads", "rounds", "tokens", "process
 
 
 def _words(found: dict[str, Any]) -> list[str]:
-    return [f"{key} {value:g}" for key, value in found.items() if isinstance(value, int | float)]
+    return [f"{key} {value:g}" if isinstance(value, int | float) else f"{key} {value}" for key, value in found.items()]
+
+
+def length(text: str) -> Length:
+    return FLOW if text == FLOW else int(text)
 
 
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
@@ -232,7 +236,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--format", choices=list(FORMATS), help="of the weights; default: as stored, random: bfloat16")
     parser.add_argument("--prompt", action="append", help="for --model; several are taken in turn, round by round")
     parser.add_argument("--draft-loops", type=int, action="append", metavar="R", help="default: all below the model's")
-    parser.add_argument("--draft-tokens", type=int, action="append", metavar="K", help="default: 1, 2, 3, 4, 6")
+    parser.add_argument("--draft-tokens", type=length, action="append", metavar="K|flow", help="default: flow, 1, 2, 4")
     parser.add_argument("--tokens", type=int, default=64, help="timed, of each text")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="default: as many as are useful")
@@ -241,7 +245,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(given)
     if min(args.rounds, args.tokens, args.threads or 1) < 1:
         parser.error("--rounds, --tokens and --threads must be at least 1")
-    args.draft_tokens = args.draft_tokens or [1, 2, 3, 4, 6]
+    args.draft_tokens = args.draft_tokens or [FLOW, 1, 2, 4]
     return args
 
 

@@ -7,6 +7,9 @@ loop depend on the same loop of earlier positions alone, so they are what full d
 says to each position either confirms the draft that follows or replaces it; positions behind a replaced draft are
 forgotten.
 
+In a flow nothing waits for a check: since the loops share their weights, a pass takes the newest position through its
+next shallow loop and every earlier one through its next deeper loop, until a draft is replaced.
+
 Greedy text is that of full decoding to the bit of its logits, and sampled text has exactly its distribution (accepted
 with probability min(1, p / q), else drawn again from what p has more than q).  Knowingly not here: early exit.
 """
@@ -16,6 +19,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Collection, Iterator
+from typing import Literal
 
 import numpy as np
 
@@ -31,8 +35,14 @@ from .weights import Weights
 MOST_DRAFTS = FEW_ROWS - 1  # with the token before them they must be few rows: more are rounded in another way
 AUTOMATIC_DRAFTS = 8  # the most that are chosen automatically
 MEMORY = 0.98  # what a round's evidence is still worth a round later, when drafts are chosen automatically
+UNTIMED = 4  # passes over the weights
+LONG_FLOW = 64  # tokens that a flow is thought to last at most
 KEPT = 4  # rounds that a choice holds
 REMEMBERED = 32  # times that a median is taken over
+
+
+Length = int | Literal["flow"]
+FLOW: Literal["flow"] = "flow"  # every draft is checked while the next ones are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,12 +50,12 @@ class Drafts:
     """How to draft; None: chosen while running.  Raises: UsageError for numbers that cannot be."""
 
     loops: int | None = None  # that a draft runs
-    tokens: int | None = None  # drafted between two checks
+    tokens: Length | None = None  # drafted between two checks
 
     def __post_init__(self) -> None:
         if self.loops is not None and self.loops < 1:
             raise UsageError(f"drafts of {self.loops} loops cannot be", "a draft runs at least 1 loop")
-        if self.tokens is not None and not 1 <= self.tokens <= MOST_DRAFTS:
+        if isinstance(self.tokens, int) and not 1 <= self.tokens <= MOST_DRAFTS:
             raise UsageError(
                 f"{self.tokens} drafted tokens cannot be checked together", f"draft between 1 and {MOST_DRAFTS} tokens"
             )
@@ -85,18 +95,25 @@ class Timed:
 
 @dataclasses.dataclass
 class DraftAccount:
-    """What drafting did and what it cost; the times leave out the first round, which loads kernels."""
+    """What drafting did and what it cost; the times leave out the first passes, which load kernels."""
 
     full: int = 0  # loops
     rounds: int = 0
     drafted: int = 0
+    judged: int = 0  # those behind a replaced draft are not
     accepted: int = 0
-    choices: dict[tuple[int, int], int] = dataclasses.field(default_factory=dict)  # (loops, tokens): rounds
+    tokens: int = 0
+    choices: dict[tuple[int, Length], int] = dataclasses.field(default_factory=dict)  # (loops, tokens): rounds
     new_tokens: Timed = dataclasses.field(default_factory=Timed)  # everything: whole rounds, per token they gave
     single_pass: Timed = dataclasses.field(default_factory=Timed)  # one loop of one position
     further_row: Timed = dataclasses.field(default_factory=Timed)  # what another position adds to such a pass
     choice: Timed = dataclasses.field(default_factory=Timed)  # head and choice of one draft
     check: Timed = dataclasses.field(default_factory=Timed)  # head and choice by the full depth, per position
+
+    def begin_round(self, loops: int, length: Length) -> None:
+        """Count a round, and how it drafts."""
+        self.rounds += 1
+        self.choices[loops, length] = self.choices.get((loops, length), 0) + 1
 
     @property
     def acceptance(self) -> float | None:
@@ -105,7 +122,7 @@ class DraftAccount:
 
     @property
     def tokens_per_round(self) -> float:
-        return (self.rounds + self.accepted) / max(1, self.rounds)
+        return self.tokens / max(1, self.rounds)
 
     @property
     def speedup(self) -> float | None:
@@ -119,6 +136,7 @@ class Drafter(Session):
     """A session of one row that takes several tokens per round."""
 
     account: DraftAccount
+    _passes = 0  # over the weights, so far
 
     def draft(
         self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
@@ -134,11 +152,11 @@ class Drafter(Session):
             began = time.perf_counter()
             self._run_first_loops(token, row, loops)
             ran = time.perf_counter()
-            self._timed(self.account.single_pass, ran - began, loops)
+            self._time_pass(1, ran - began, loops)
             if row == count:
                 break
             guess = probabilities(self._read(loops, row, 1)[0], sampling, known)
-            token = draw(guess, rng.random()) if sampling.temperature else int(guess.argmax())
+            token = self._drawn(guess, sampling, rng)
             drafts.append(token)
             guesses.append(guess)
             if known is not seen:
@@ -152,11 +170,7 @@ class Drafter(Session):
         self._decoder.place(0, self._positions(count), count)
         for r in range(loops, self.loops):
             self._decoder.run_loop(r, count, 1)
-        spent, passes, account = time.perf_counter() - began, self.loops - loops, self.account
-        if count == 1:
-            self._timed(account.single_pass, spent, passes)
-        else:
-            self._timed(account.further_row, spent - passes * account.single_pass.typical, passes * (count - 1))
+        self._time_pass(count, time.perf_counter() - began, self.loops - loops)
 
     def judge(
         self,
@@ -173,25 +187,43 @@ class Drafter(Session):
         """
         found: list[int] = []
         for row, scores in enumerate(logits):
-            prob = probabilities(scores, sampling, seen)
-            if row < len(drafts):
-                token, stands = drafts[row], self._accepts(prob, guesses[row], drafts[row], rng)
-                prob = prob if stands else remainder(prob, guesses[row])
-            else:
-                stands = False
-            if not stands:
-                token = draw(prob, rng.random()) if sampling.temperature else int(prob.argmax())
+            draft, guess = (drafts[row], guesses[row]) if row < len(drafts) else (None, None)
+            token, stands = self._judged(scores, draft, guess, sampling, rng, seen)
             found.append(token)
-            seen[token] = True
             if not stands:
                 break
         return found
 
+    def _judged(
+        self,
+        scores: Floats,
+        draft: int | None,
+        guess: Array | None,
+        sampling: Sampling,
+        rng: np.random.Generator,
+        seen: Array,
+    ) -> tuple[int, bool]:
+        """The token that the full depth lets follow, and whether it is the draft.  scores: V; seen: V, added to."""
+        prob = probabilities(scores, sampling, seen)
+        stands = draft is not None and guess is not None and self._accepts(prob, guess, draft, rng)
+        if stands:
+            token = int(draft or 0)
+        else:
+            token = self._drawn(prob if guess is None else remainder(prob, guess), sampling, rng)
+        seen[token] = True
+        self.account.judged += draft is not None
+        self.account.accepted += stands
+        return token, stands
+
+    def _drawn(self, prob: Array, sampling: Sampling, rng: np.random.Generator) -> int:
+        return draw(prob, rng.random()) if sampling.temperature else int(prob.argmax())
+
     def round(
         self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> list[tuple[int, float]]:
+    ) -> Iterator[tuple[int, float]]:
         """One round behind a token not yet fed -> the tokens that follow it, and their log-probabilities.  seen: V."""
         began = time.perf_counter()
+        self.account.begin_round(loops, count)
         self._make_room(count + 1)
         drafts, guesses = self.draft(token, loops, count, sampling, rng, seen)
         self.check(loops, count + 1)
@@ -203,11 +235,57 @@ class Drafter(Session):
         ended = time.perf_counter()
         self._timed(self.account.check, ended - ran, count + 1)
         self._timed(self.account.new_tokens, ended - began, len(found))
-        self.account.rounds += 1
         self.account.drafted += count
-        self.account.accepted += len(found) - 1
-        self.account.choices[loops, count] = self.account.choices.get((loops, count), 0) + 1
-        return told
+        self.account.tokens += len(found)
+        yield from told
+
+    def flow(
+        self, token: int, loops: int, most: int, sampling: Sampling, rng: np.random.Generator, seen: Array
+    ) -> Iterator[tuple[int, float]]:
+        """At most so many tokens, as `round` gives them, until one replaces a draft; checks overlap with drafting."""
+        decoder, (x, y) = self._decoder, self._decoder.states[:2]
+        flight: list[_Flight] = []  # oldest first; rows of x, positions from `filled` on
+        waiting: int | None = token
+        given, began = 0, time.perf_counter()
+        self.account.begin_round(loops, FLOW)
+        while True:
+            if waiting is not None and len(flight) < min(FEW_ROWS, most - given):
+                x[len(flight)] = self.weights.embedded(np.array([waiting]))[0]
+                flight.append(_Flight())
+                waiting = None
+            rows = len(flight)
+            self._make_room(rows)
+            passing = time.perf_counter()
+            decoder.place(0, self._positions(rows), rows)
+            decoder.run_rows(np.array([one.done for one in flight]), x[:rows], y[:rows], decoder.gate_logit[0, :rows])
+            x, y = y, x
+            passed = time.perf_counter()
+            self._time_pass(rows, passed - passing)
+            for one in flight:
+                one.done += 1
+            oldest, newest = flight[0], flight[-1]
+            checked, drafted = oldest.done == self.loops, newest.done == loops
+            if not checked and not drafted:
+                continue
+            logits = decoder.logits(x[[0] * checked + [rows - 1] * drafted])
+            if drafted:
+                known = _with(seen, [one.draft for one in flight[:-1]]) if sampling.repetition_penalty != 1.0 else seen
+                newest.guess = probabilities(logits[-1], sampling, known)
+                waiting = newest.draft = self._drawn(newest.guess, sampling, rng)
+                self.account.drafted += 1
+            if checked:
+                token, stands = self._judged(logits[0], oldest.draft, oldest.guess, sampling, rng, seen)
+                self._keep(1, 1 if stands else rows)
+                del flight[0]
+                x[: rows - 1] = x[1:rows]
+                given += 1
+                self._timed(self.account.check, time.perf_counter() - passed, 1 + drafted)
+                self._timed(self.account.new_tokens, time.perf_counter() - began)
+                self.account.tokens += 1
+                yield token, log_probability(logits[0], token)
+                if not stands or given == most:
+                    return
+                began = time.perf_counter()
 
     def _run_first_loops(self, token: int, row: int, loops: int) -> None:
         decoder = self._decoder
@@ -230,8 +308,31 @@ class Drafter(Session):
         self.cache.append(count)
 
     def _timed(self, what: Timed, seconds: float, count: int = 1) -> None:
-        if self.account.rounds:
+        if self._passes > UNTIMED:
             what.add(seconds, count)
+
+    def _time_pass(self, rows: int, seconds: float, passes: int = 1) -> None:
+        account, self._passes = self.account, self._passes + passes
+        if rows == 1:
+            self._timed(account.single_pass, seconds, passes)
+        elif account.single_pass.count:
+            extra = seconds - passes * account.single_pass.typical
+            self._timed(account.further_row, extra, passes * (rows - 1))
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A position whose loops are not all done, and what was drafted from it."""
+
+    done: int = 0
+    draft: int | None = None
+    guess: Array | None = None
+
+
+def _with(seen: Array, tokens: list[int | None]) -> Array:
+    known = seen.copy()
+    known[[token for token in tokens if token is not None]] = True
+    return known
 
 
 class Planner:
@@ -244,38 +345,51 @@ class Planner:
 
     def __init__(self, drafts: Drafts, full: int, account: DraftAccount) -> None:
         self._full, self._account = full, account
-        lengths = [drafts.tokens] if drafts.tokens else range(AUTOMATIC_DRAFTS + 1)
+        lengths: list[Length] = [drafts.tokens] if drafts.tokens else [FLOW, *range(AUTOMATIC_DRAFTS + 1)]
         self._choices = [(loops, count) for loops in drafts.depths(full) for count in lengths]
         self._stood = dict.fromkeys(drafts.depths(full), 0.0)
         self._judged = dict.fromkeys(drafts.depths(full), 0.0)
         self._rounds, self._chosen = 0, self._choices[0]
+        self._known = (0, 0)  # judged and accepted when the last round began
 
-    def choose(self, most: int) -> tuple[int, int]:
-        """Loops and tokens of the next round, at most so many tokens."""
+    def choose(self) -> tuple[int, Length]:
+        """Loops and tokens of the next round, after what came of the last."""
+        known = (self._account.judged, self._account.accepted)
+        self._learn(self._chosen[0], known[0] - self._known[0], known[1] - self._known[1])
+        self._known = known
         if len(self._choices) > 1 and self._rounds % KEPT == 0:
             self._chosen = self._cheapest()
         self._rounds += 1
-        return self._chosen[0], min(self._chosen[1], most)
+        return self._chosen
 
-    def learn(self, loops: int, judged: int, stood: int) -> None:
-        """So many drafts were judged in a round, and so many of them stood."""
+    def _learn(self, loops: int, judged: int, stood: int) -> None:
+        """So many drafts were judged, and so many of them stood."""
         for depth in self._judged:
             self._judged[depth] *= MEMORY
             self._stood[depth] *= MEMORY
         self._judged[loops] += judged
         self._stood[loops] += stood
 
-    def _cheapest(self) -> tuple[int, int]:
+    def _cheapest(self) -> tuple[int, Length]:
         """By seconds per expected token; as long as nothing is timed, by passes."""
         account, full = self._account, self._full
         single, further = account.single_pass.typical or 1.0, max(0.0, account.further_row.typical)
         draft, check = account.choice.typical, account.check.typical
 
-        def cost(choice: tuple[int, int]) -> float:
+        def cost(choice: tuple[int, Length]) -> float:
             loops, count = choice
             chance = (self._stood[loops] + 1.0) / (self._judged[loops] + 1.0)
-            passes = (loops * (count + 1) + full - loops) * single + (full - loops) * count * further
-            return (passes + count * draft + (count + 1) * check) / sum(chance**i for i in range(count + 1))
+            if isinstance(count, str):
+                drafts = checks = tokens = min(LONG_FLOW, 1.0 / max(1e-9, 1.0 - chance))
+                passes = loops * (tokens - 1.0) + full
+                rows = tokens * full + (full - loops) * full / loops / 2.0  # and those begun in vain
+            else:
+                tokens = sum(chance**i for i in range(count + 1))
+                passes = loops * (count + 1) + full - loops
+                rows = full * (count + 1)
+                drafts, checks = count, count + 1
+            seconds = passes * single + (rows - passes) * further + drafts * draft + checks * check
+            return seconds / tokens
 
         return min(self._choices, key=cost)
 
@@ -326,8 +440,9 @@ def _continue(
     logits = session.weights.logits(feed_prompt(session, prompt).hidden[last, 0, -1])
     seen = np.zeros(session.weights.config.vocab_size, np.bool_)
     seen[prompt] = True
-    found = [choose(logits, sampling, rng.random(), seen)]
-    seen[found[0][0]] = True
+    token, logprob = choose(logits, sampling, rng.random(), seen)
+    seen[token] = True
+    found: Iterator[tuple[int, float]] = iter([(token, logprob)])
     written, position = 0, prompt.size  # tokens given out, and the position of the next one
     while True:
         for token, logprob in found:
@@ -337,6 +452,10 @@ def _continue(
             if finish is not None:
                 return
             position += 1
-        depth, count = planner.choose(min(max_new_tokens - written, context - session.filled) - 1)
-        found = session.round(token, depth, count, sampling, rng, seen)
-        planner.learn(depth, min(count, len(found)), len(found) - 1)
+        depth, length = planner.choose()
+        most = min(max_new_tokens - written, context - session.filled)
+        found = (
+            session.flow(token, depth, most, sampling, rng, seen)
+            if isinstance(length, str)
+            else session.round(token, depth, min(length, most - 1), sampling, rng, seen)
+        )

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from looplm.arrays import Floats
-from looplm.drafting import DraftAccount, Drafter, Drafts, Planner, generate_drafted
+from looplm.drafting import FLOW, DraftAccount, Drafter, Drafts, Length, Planner, generate_drafted
 from looplm.errors import DataError, UsageError
 from looplm.exits import LearnedGate
 from looplm.generation import Generated, generate
@@ -34,13 +34,22 @@ def plain(weights, prompt, **changes) -> list[Generated]:  # type: ignore[no-unt
     return list(generate(weights, prompt, rule=LearnedGate(1.0), **{**settings, **changes}))
 
 
-SHAPES = [(1, 1), (1, 4), (2, 3), (FULL - 1, 23), (3, None), (None, 2), (None, None)]
+SHAPES = [
+    (1, 1),
+    (1, 4),
+    (2, 3),
+    (FULL - 1, 23),
+    (3, None),
+    (None, 2),
+    (None, None),
+    *((r, FLOW) for r in range(1, FULL)),
+]
 
 
 @pytest.mark.parametrize(("loops", "tokens"), SHAPES, ids=str)
 @pytest.mark.parametrize("penalty", [1.0, 1.3])
 def test_greedy_text_is_that_of_full_decoding_to_the_bit(
-    weights: Weights, loops: int | None, tokens: int | None, penalty: float
+    weights: Weights, loops: int | None, tokens: Length | None, penalty: float
 ) -> None:
     sampling, account = Sampling(temperature=0.0, repetition_penalty=penalty), DraftAccount()
     for seed in range(3):
@@ -48,7 +57,7 @@ def test_greedy_text_is_that_of_full_decoding_to_the_bit(
         expected = plain(weights, prompt, sampling=sampling)
         # Equal log-probabilities as well: they depend on every logit.
         assert drafted(weights, prompt, Drafts(loops, tokens), sampling=sampling, account=account) == expected
-    if (loops, tokens) == (2, 3):  # both ways a round can go were seen
+    if (loops, tokens) in ((2, 3), (2, FLOW)):  # both ways a round can go were seen
         assert 0 < account.accepted < account.drafted
 
 
@@ -241,36 +250,34 @@ def planner(single: float, further: float, drafts: Drafts | None = None) -> Plan
     return Planner(drafts or Drafts(), 4, account)
 
 
-def settle(chosen: Planner, chances: dict[int, float], rounds: int = 300) -> list[tuple[int, int]]:
+def settle(chosen: Planner, chances: dict[int, float], rounds: int = 300) -> list[tuple[int, Length]]:
     """Choices against drafts that stand with these chances by depth."""
     rng, found = np.random.default_rng(0), []
     for _ in range(rounds):
-        loops, count = chosen.choose(100)
+        loops, length = chosen.choose()
+        count = 50 if length == FLOW else length
         stood = next((i for i in range(count) if rng.random() >= chances[loops]), count)
-        chosen.learn(loops, min(count, stood + 1), stood)
-        found.append((loops, count))
+        chosen._account.judged += min(count, stood + 1)
+        chosen._account.accepted += stood
+        found.append((loops, length))
     return found[rounds // 2 :]
 
 
-def most_common(found: list[tuple[int, int]]) -> tuple[int, int]:
+def most_common(found: list[tuple[int, Length]]) -> tuple[int, Length]:
     return max(set(found), key=found.count)
 
 
-def test_good_shallow_drafts_are_long_and_bad_ones_are_not_made() -> None:
-    good = settle(planner(1.0, 0.1), {1: 0.95, 2: 0.97, 3: 0.98})
-    assert most_common(good)[0] == 1
-    assert np.mean([count for _, count in good]) > 4
-    bad = settle(planner(1.0, 0.8), {1: 0.05, 2: 0.1, 3: 0.15})
-    assert most_common(bad)[1] == 0
-    deeper = settle(planner(1.0, 0.1), {1: 0.2, 2: 0.95, 3: 0.96})
-    assert most_common(deeper)[0] == 2
+def test_good_shallow_drafts_flow_and_bad_ones_are_not_made() -> None:
+    assert most_common(settle(planner(1.0, 0.1), {1: 0.95, 2: 0.97, 3: 0.98})) == (1, FLOW)
+    assert most_common(settle(planner(1.0, 0.8), {1: 0.05, 2: 0.1, 3: 0.15}))[1] == 0
+    assert most_common(settle(planner(1.0, 0.1), {1: 0.2, 2: 0.95, 3: 0.96}))[0] == 2
 
 
 def test_what_is_given_is_not_chosen() -> None:
     assert set(settle(planner(1.0, 0.5, Drafts(2, 3)), {2: 0.1})) == {(2, 3)}
     assert {loops for loops, _ in settle(planner(1.0, 0.1, Drafts(3)), {3: 0.9})} == {3}
     assert {count for _, count in settle(planner(1.0, 0.1, Drafts(None, 5)), {1: 0.5, 2: 0.6, 3: 0.7})} == {5}
-    assert planner(1.0, 0.1, Drafts(2, 8)).choose(3) == (2, 3)
+    assert {length for _, length in settle(planner(1.0, 0.1, Drafts(None, FLOW)), {1: 0.5, 2: 0.6, 3: 0.7})} == {FLOW}
 
 
 def test_the_account(weights: Weights) -> None:

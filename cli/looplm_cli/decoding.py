@@ -106,12 +106,13 @@ class Decoding:
 
 def _drafts(wishes: Wishes, full: int) -> "Drafts | None":
     """The drafts asked for, None for none.  Raises: UsageError for drafts that a full depth cannot check."""
-    from looplm.drafting import Drafts
+    from looplm.drafting import FLOW, Drafts
 
-    asked = (wishes.draft_loops, wishes.draft_tokens)
-    if asked == (None, None):
+    if wishes.draft_loops is None and wishes.draft_tokens is None:
         return None
-    drafts = Drafts(*(None if text is None or text == "auto" else int(text) for text in asked))
+    loops, tokens = ("auto" if text is None else text for text in (wishes.draft_loops, wishes.draft_tokens))
+    length = FLOW if tokens == FLOW else None if tokens == "auto" else int(tokens)
+    drafts = Drafts(None if loops == "auto" else int(loops), length)
     drafts.depths(full)
     return drafts
 
@@ -172,7 +173,7 @@ def draft_report(account: "DraftAccount") -> dict[str, Any]:
         "speedup": None if account.speedup is None else round(account.speedup, 3),
         "choices": [
             {"loops": loops, "tokens": tokens, "rounds": rounds}
-            for (loops, tokens), rounds in sorted(account.choices.items())
+            for (loops, tokens), rounds in sorted(account.choices.items(), key=str)
         ],
         "ms": {name: round(1e3 * what.mean, 4) for name, what in timed.items()},
     }

@@ -70,10 +70,11 @@ def parse_exits(values: list[str] | None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def parse_drafts(value: str | None) -> str | None:
-    """A whole number above 0, or `auto`."""
-    if value is not None and value != "auto" and not (value.isascii() and value.isdigit() and int(value) > 0):
-        raise typer.BadParameter(f"{value!r} is neither a number above 0 nor `auto`")
+def parse_drafts(param: typer.CallbackParam, value: str | None) -> str | None:
+    """A whole number above 0, or one of the words that stand beside it in the help."""
+    words = (param.metavar or "").split("|")[1:]
+    if value is not None and value not in words and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise typer.BadParameter(f"{value!r} is no number above 0; write a number or {' or '.join(words)}")
     return value
 
 
@@ -181,10 +182,10 @@ DraftTokensOption = Annotated[
     str | None,
     typer.Option(
         "--draft-tokens",
-        metavar="K|auto",
+        metavar="K|flow|auto",
         show_default="auto with --draft-loops",
         callback=parse_drafts,
-        help="Tokens drafted between two checks.",
+        help="Tokens drafted between two checks; flow: each is checked while the next ones are drafted.",
         rich_help_panel=LOOPS,
     ),
 ]
