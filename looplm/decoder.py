@@ -42,17 +42,13 @@ class Decoder:
         """Where the first rows are in the cache from now on.  cache_rows, positions: M, or the same for all `rows`."""
         self._places[:rows, field.ROW_B], self._places[:rows, field.ROW_POSITION] = cache_rows, positions
 
-    def run_loop(self, r: int, batch: int, length: int, first: int = 0) -> None:
+    def run_loop(self, r: int, batch: int, length: int) -> None:
         """Loop r of batch x length rows, placed as `place` said last.  Loop 0 starts from `embedded`.
 
-        States are read and written from row `first` on.  Blocks of more than FEW_ROWS rows must be consecutive
-        positions of one row of the cache.
+        Blocks of more than FEW_ROWS rows must be consecutive positions of one row of the cache.
         """
         self._places[: batch * length, field.ROW_SLOT] = self._cache.first_slot(r)
-        x, out, gate_logit = self._of_loop[r]
-        step = 4 * first * self.embedded.shape[1]
-        at = (x + step, out + step, gate_logit + 4 * first)
-        self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, batch, length, *at)
+        self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, batch, length, *self._of_loop[r])
         self._team.run(self._plan)
 
     def run_rows(self, loops: Ints, x: Floats, out: Floats, gate_logit: Floats) -> None:

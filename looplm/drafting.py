@@ -264,7 +264,7 @@ class Drafter(Session):
             for one in flight:
                 one.done += 1
             oldest, newest = flight[0], flight[-1]
-            checked, drafted = oldest.done == self.loops, newest.done == loops
+            checked, drafted = oldest.done == self.loops, newest.done == loops and given + rows < most
             if not checked and not drafted:
                 continue
             logits = decoder.logits(x[[0] * checked + [rows - 1] * drafted])
@@ -288,11 +288,13 @@ class Drafter(Session):
                 began = time.perf_counter()
 
     def _run_first_loops(self, token: int, row: int, loops: int) -> None:
-        decoder = self._decoder
-        decoder.embedded[row] = self.weights.embedded(np.array([token]))[0]
+        decoder, at = self._decoder, slice(row, row + 1)
+        decoder.embedded[at] = self.weights.embedded(np.array([token]))
         decoder.place(0, self.filled + row)
+        x = decoder.embedded[at]
         for r in range(loops):
-            decoder.run_loop(r, 1, 1, first=row)
+            decoder.run_rows(np.array([r]), x, decoder.states[r, at], decoder.gate_logit[r, at])
+            x = decoder.states[r, at]
 
     def _read(self, loops: int, row: int, count: int) -> Floats:
         return self._decoder.logits(self._decoder.states[loops - 1, row : row + count])

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from looplm.arrays import Floats
+from looplm.decoder import Decoder
 from looplm.drafting import FLOW, DraftAccount, Drafter, Drafts, Length, Planner, generate_drafted
 from looplm.errors import DataError, UsageError
 from looplm.exits import LearnedGate
@@ -111,26 +112,46 @@ def test_it_ends_as_plain_decoding_does(weights: Weights) -> None:
     assert [token.finish for token in drafted(weights, brim, Drafts(1, 2))] == ["context full"]
 
 
-def test_passes_are_what_drafting_says(weights: Weights, monkeypatch: pytest.MonkeyPatch) -> None:
-    rows: list[tuple[int, int]] = []
-    real = Drafter._make_room
+class AcceptsAll(Drafter):
+    def _accepts(self, prob: np.ndarray, guess: np.ndarray, token: int, rng: np.random.Generator) -> bool:
+        return True
 
-    def counted(session: Drafter, positions: int) -> None:
-        decoder = session._decoder
-        run = type(decoder).run_loop
-        monkeypatch.setattr(
-            decoder, "run_loop", lambda r, b, n, first=0: (rows.append((r, b * n)), run(decoder, r, b, n, first))
-        )
-        real(session, positions)
 
-    monkeypatch.setattr(Drafter, "_make_room", counted)
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The loops of the rows of every pass after the prompt, as they happen."""
+    found: list[list[int]] = []
+    run_loop, run_rows = Decoder.run_loop, Decoder.run_rows
+
+    def loop(decoder: Decoder, r: int, batch: int, length: int) -> None:
+        if length == 1:
+            found.append([r] * batch)
+        run_loop(decoder, r, batch, length)
+
+    def rows(decoder: Decoder, loops: np.ndarray, *arrays: np.ndarray) -> None:
+        found.append(loops.tolist())
+        run_rows(decoder, loops, *arrays)
+
+    monkeypatch.setattr(Decoder, "run_loop", loop)
+    monkeypatch.setattr(Decoder, "run_rows", rows)
+    return found
+
+
+def test_passes_are_what_drafting_says(weights: Weights, passes: list[list[int]]) -> None:
     account = DraftAccount()
     drafted(weights, random_ids(5), Drafts(2, 3), account=account, max_new_tokens=9)
-    decoded = rows[FULL:]
-    first_round = [(0, 1), (1, 1)] * 4 + [(2, 4), (3, 4), (4, 4)]
-    assert decoded[: len(first_round)] == first_round
-    assert account.new_tokens.count + 1 <= 9
+    assert passes[:11] == [[0], [1]] * 4 + [[2] * 4, [3] * 4, [4] * 4]
     assert account.rounds == sum(account.choices.values())
+    assert account.tokens == 8
+
+
+def test_a_flow_checks_while_it_drafts(weights: Weights, passes: list[list[int]]) -> None:
+    account = DraftAccount()
+    drafted(weights, random_ids(5), Drafts(2, FLOW), account=account, max_new_tokens=9, kind=AcceptsAll)
+    assert passes[:6] == [[0], [1], [2, 0], [3, 1], [4, 2, 0], [3, 1]]
+    assert len(passes) == 2 * 7 + FULL  # eight tokens, two passes apart
+    assert sum(map(len, passes)) == 8 * FULL  # and no loop in vain
+    assert (account.rounds, account.tokens, account.accepted) == (1, 8, 7)
 
 
 # ---- sampling
@@ -186,11 +207,6 @@ def test_equal_distributions_always_stand_and_remainders_are_distributions() -> 
     assert not accepts(np.array([0.0, 1.0]), np.array([1.0, 0.0]), 0, 0.0)
     np.testing.assert_allclose(remainder(prob, np.array([0.4, 0.4, 0.2])), [0.0, 0.5, 0.5])
     np.testing.assert_array_equal(remainder(prob, prob), prob)
-
-
-class AcceptsAll(Drafter):
-    def _accepts(self, prob: np.ndarray, guess: np.ndarray, token: int, rng: np.random.Generator) -> bool:
-        return True
 
 
 @pytest.mark.parametrize("kind", [Drafter, AcceptsAll])
