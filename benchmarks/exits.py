@@ -34,7 +34,8 @@ from benchmarks.side_by_side import DECODE_CONFIGS, BenchmarkError, paired, proc
 from looplm.arrays import Ints
 from looplm.cache import POLICIES
 from looplm.checkpoint import resolve_model
-from looplm.drafting import FLOW, DraftAccount, Drafts, Length, generate_drafted
+from looplm.draft_plans import FLOW, DraftAccount, Drafts, Length
+from looplm.drafting import generate_drafted
 from looplm.errors import LoopLMError
 from looplm.exit_trace import ExitTrace
 from looplm.exits import LearnedGate

@@ -14,122 +14,23 @@ Greedy text is that of full decoding to the bit of its logits, and sampled text 
 with probability min(1, p / q), else drawn again from what p has more than q).  Knowingly not here: early exit.
 """
 
-import dataclasses
-import statistics
 import time
-from collections import deque
 from collections.abc import Collection, Iterator
-from typing import Literal
 
 import numpy as np
 
 from .arrays import Array, Floats, Ints
 from .cache import KeyValueType
-from .errors import UsageError
+from .draft_plans import FLOW, DraftAccount, Drafts, Planner, Timed
 from .generation import Generated, Session, feed_prompt, open_session, why_last
 from .kernels.product.stored import FEW_ROWS
 from .sampling import Sampling, accepts, choose, draw, log_probability, probabilities, remainder
 from .stored import StoredWeights
 from .weights import Weights
 
-MOST_DRAFTS = FEW_ROWS - 1  # with the token before them they must be few rows: more are rounded in another way
-AUTOMATIC_DRAFTS = 8  # the most that are chosen automatically
-MEMORY = 0.98  # what a round's evidence is still worth a round later, when drafts are chosen automatically
 UNTIMED = 4  # passes over the weights
-LONG_FLOW = 64  # tokens that a flow is thought to last at most
-KEPT = 4  # rounds that a choice holds
-REMEMBERED = 32  # times that a median is taken over
 
-
-Length = int | Literal["flow"]
-FLOW: Literal["flow"] = "flow"  # every draft is checked while the next ones are made
-
-
-@dataclasses.dataclass(frozen=True)
-class Drafts:
-    """How to draft; None: chosen while running.  Raises: UsageError for numbers that cannot be."""
-
-    loops: int | None = None  # that a draft runs
-    tokens: Length | None = None  # drafted between two checks
-
-    def __post_init__(self) -> None:
-        if self.loops is not None and self.loops < 1:
-            raise UsageError(f"drafts of {self.loops} loops cannot be", "a draft runs at least 1 loop")
-        if isinstance(self.tokens, int) and not 1 <= self.tokens <= MOST_DRAFTS:
-            raise UsageError(
-                f"{self.tokens} drafted tokens cannot be checked together", f"draft between 1 and {MOST_DRAFTS} tokens"
-            )
-
-    def depths(self, full: int) -> list[int]:
-        """The loops that a draft may run before `full` check it.  Raises: UsageError if they are not fewer."""
-        if full < 2 or (self.loops or 1) >= full:
-            raise UsageError(
-                f"drafts of {self.loops or 1} loops cannot be checked by a full depth of {full}",
-                f"draft with 1 to {full - 1} loops" if full > 1 else "a model of one loop has nothing to draft with",
-            )
-        return [self.loops] if self.loops else list(range(1, full))
-
-
-@dataclasses.dataclass
-class Timed:
-    """Something done several times, and what it took in all; `typical` forgives the times that other work took."""
-
-    seconds: float = 0.0
-    count: int = 0
-    recent: deque[float] = dataclasses.field(default_factory=lambda: deque(maxlen=REMEMBERED))
-
-    def add(self, seconds: float, count: int = 1) -> None:
-        self.seconds += seconds
-        self.count += count
-        self.recent.append(seconds / count)
-
-    @property
-    def mean(self) -> float:
-        return self.seconds / self.count if self.count else 0.0
-
-    @property
-    def typical(self) -> float:
-        """Median of the recent ones."""
-        return statistics.median(self.recent) if self.recent else 0.0
-
-
-@dataclasses.dataclass
-class DraftAccount:
-    """What drafting did and what it cost; the times leave out the first passes, which load kernels."""
-
-    full: int = 0  # loops
-    rounds: int = 0
-    drafted: int = 0
-    judged: int = 0  # those behind a replaced draft are not
-    accepted: int = 0
-    tokens: int = 0
-    choices: dict[tuple[int, Length], int] = dataclasses.field(default_factory=dict)  # (loops, tokens): rounds
-    new_tokens: Timed = dataclasses.field(default_factory=Timed)  # everything: whole rounds, per token they gave
-    single_pass: Timed = dataclasses.field(default_factory=Timed)  # one loop of one position
-    further_row: Timed = dataclasses.field(default_factory=Timed)  # what another position adds to such a pass
-    choice: Timed = dataclasses.field(default_factory=Timed)  # head and choice of one draft
-    check: Timed = dataclasses.field(default_factory=Timed)  # head and choice by the full depth, per position
-
-    def begin_round(self, loops: int, length: Length) -> None:
-        """Count a round, and how it drafts."""
-        self.rounds += 1
-        self.choices[loops, length] = self.choices.get((loops, length), 0) + 1
-
-    @property
-    def acceptance(self) -> float | None:
-        """Share of the drafts that stood."""
-        return self.accepted / self.drafted if self.drafted else None
-
-    @property
-    def tokens_per_round(self) -> float:
-        return self.tokens / max(1, self.rounds)
-
-    @property
-    def speedup(self) -> float | None:
-        """Time of a token in full decoding, by the cost of its passes here, over what one took; None if not known."""
-        if not self.new_tokens.count or not self.single_pass.count:
-            return None
-        return (self.full * self.single_pass.mean + self.check.mean) / self.new_tokens.mean
+_Draft = tuple[int, Array]  # a token, and the distribution it was drawn from
 
 
 class Drafter(Session):
@@ -140,13 +41,9 @@ class Drafter(Session):
 
     def draft(
         self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> tuple[list[int], list[Array]]:
-        """`token` and `count` drafts through the first loops -> the drafts, and the distribution each was drawn from.
-
-        seen: V, as it was before.
-        """
-        drafts: list[int] = []
-        guesses: list[Array] = []
+    ) -> list[_Draft]:
+        """`token` and `count` drafts through the first loops -> the drafts.  seen: V, as it was before."""
+        drafts: list[_Draft] = []
         known = seen.copy() if sampling.repetition_penalty != 1.0 else seen
         for row in range(count + 1):
             began = time.perf_counter()
@@ -157,12 +54,11 @@ class Drafter(Session):
                 break
             guess = probabilities(self._read(loops, row, 1)[0], sampling, known)
             token = self._drawn(guess, sampling, rng)
-            drafts.append(token)
-            guesses.append(guess)
+            drafts.append((token, guess))
             if known is not seen:
                 known[token] = True
             self._timed(self.account.choice, time.perf_counter() - ran)
-        return drafts, guesses
+        return drafts
 
     def check(self, loops: int, count: int) -> None:
         """The deeper loops over the `count` positions that `draft` began, all at once."""
@@ -173,46 +69,34 @@ class Drafter(Session):
         self._time_pass(count, time.perf_counter() - began, self.loops - loops)
 
     def judge(
-        self,
-        logits: Floats,
-        drafts: list[int],
-        guesses: list[Array],
-        sampling: Sampling,
-        rng: np.random.Generator,
-        seen: Array,
+        self, logits: Floats, drafts: list[_Draft], sampling: Sampling, rng: np.random.Generator, seen: Array
     ) -> list[int]:
         """The tokens that stand: the drafts accepted, then one of the full depth's own.  logits: (drafts + 1) x V.
 
         seen: V, to which the tokens are added.
         """
         found: list[int] = []
-        for row, scores in enumerate(logits):
-            draft, guess = (drafts[row], guesses[row]) if row < len(drafts) else (None, None)
-            token, stands = self._judged(scores, draft, guess, sampling, rng, seen)
+        for scores, draft in zip(logits, [*drafts, None], strict=True):
+            token, stands = self._judged(scores, draft, sampling, rng, seen)
             found.append(token)
             if not stands:
                 break
         return found
 
     def _judged(
-        self,
-        scores: Floats,
-        draft: int | None,
-        guess: Array | None,
-        sampling: Sampling,
-        rng: np.random.Generator,
-        seen: Array,
+        self, scores: Floats, draft: _Draft | None, sampling: Sampling, rng: np.random.Generator, seen: Array
     ) -> tuple[int, bool]:
         """The token that the full depth lets follow, and whether it is the draft.  scores: V; seen: V, added to."""
-        prob = probabilities(scores, sampling, seen)
-        stands = draft is not None and guess is not None and self._accepts(prob, guess, draft, rng)
-        if stands:
-            token = int(draft or 0)
-        else:
-            token = self._drawn(prob if guess is None else remainder(prob, guess), sampling, rng)
+        prob, stands = probabilities(scores, sampling, seen), False
+        if draft is not None:
+            token, guess = draft
+            stands = self._accepts(prob, guess, token, rng)
+            self.account.judged += 1
+            self.account.accepted += stands
+            prob = prob if stands else remainder(prob, guess)
+        if not stands:
+            token = self._drawn(prob, sampling, rng)
         seen[token] = True
-        self.account.judged += draft is not None
-        self.account.accepted += stands
         return token, stands
 
     def _drawn(self, prob: Array, sampling: Sampling, rng: np.random.Generator) -> int:
@@ -225,11 +109,11 @@ class Drafter(Session):
         began = time.perf_counter()
         self.account.begin_round(loops, count)
         self._make_room(count + 1)
-        drafts, guesses = self.draft(token, loops, count, sampling, rng, seen)
+        drafts = self.draft(token, loops, count, sampling, rng, seen)
         self.check(loops, count + 1)
         ran = time.perf_counter()
         logits = self._read(self.loops, 0, count + 1)
-        found = self.judge(logits, drafts, guesses, sampling, rng, seen)
+        found = self.judge(logits, drafts, sampling, rng, seen)
         told = [(one, log_probability(scores, one)) for one, scores in zip(found, logits, strict=False)]
         self._keep(len(found), count + 1)
         ended = time.perf_counter()
@@ -243,46 +127,49 @@ class Drafter(Session):
         self, token: int, loops: int, most: int, sampling: Sampling, rng: np.random.Generator, seen: Array
     ) -> Iterator[tuple[int, float]]:
         """At most so many tokens, as `round` gives them, until one replaces a draft; checks overlap with drafting."""
-        decoder, (x, y) = self._decoder, self._decoder.states[:2]
-        flight: list[_Flight] = []  # oldest first; rows of x, positions from `filled` on
+        decoder, (x, y), gate_logit = self._decoder, self._decoder.states[:2], self._decoder.gate_logit[0]
+        # Positions in flight, oldest first, from `filled` on: loops done, and what was drafted behind each.
+        done, drafts = np.zeros(FEW_ROWS, np.int64), list[_Draft | None]()
         waiting: int | None = token
         given, began = 0, time.perf_counter()
         self.account.begin_round(loops, FLOW)
         while True:
-            if waiting is not None and len(flight) < min(FEW_ROWS, most - given):
-                x[len(flight)] = self.weights.embedded(np.array([waiting]))[0]
-                flight.append(_Flight())
+            if waiting is not None and len(drafts) < min(FEW_ROWS, most - given):
+                rows = len(drafts) + 1
+                x[rows - 1], done[rows - 1] = self.weights.embedded(np.array([waiting]))[0], 0
+                drafts.append(None)
                 waiting = None
-            rows = len(flight)
-            self._make_room(rows)
+                self._make_room(rows)
+                decoder.place(0, self._positions(rows), rows)
             passing = time.perf_counter()
-            decoder.place(0, self._positions(rows), rows)
-            decoder.run_rows(np.array([one.done for one in flight]), x[:rows], y[:rows], decoder.gate_logit[0, :rows])
+            decoder.run_rows(done[:rows], x, y, gate_logit)
             x, y = y, x
+            done[:rows] += 1
             passed = time.perf_counter()
             self._time_pass(rows, passed - passing)
-            for one in flight:
-                one.done += 1
-            oldest, newest = flight[0], flight[-1]
-            checked, drafted = oldest.done == self.loops, newest.done == loops and given + rows < most
+            checked = int(done[0]) == self.loops
+            drafted = int(done[rows - 1]) == loops and given + rows < most
             if not checked and not drafted:
                 continue
             logits = decoder.logits(x[[0] * checked + [rows - 1] * drafted])
             if drafted:
-                known = _with(seen, [one.draft for one in flight[:-1]]) if sampling.repetition_penalty != 1.0 else seen
-                newest.guess = probabilities(logits[-1], sampling, known)
-                waiting = newest.draft = self._drawn(newest.guess, sampling, rng)
+                known = _with(seen, drafts[:-1]) if sampling.repetition_penalty != 1.0 else seen
+                guess = probabilities(logits[-1], sampling, known)
+                waiting = self._drawn(guess, sampling, rng)
+                drafts[-1] = (waiting, guess)
                 self.account.drafted += 1
             if checked:
-                token, stands = self._judged(logits[0], oldest.draft, oldest.guess, sampling, rng, seen)
+                token, stands = self._judged(logits[0], drafts.pop(0), sampling, rng, seen)
                 self._keep(1, 1 if stands else rows)
-                del flight[0]
-                x[: rows - 1] = x[1:rows]
-                given += 1
-                self._timed(self.account.check, time.perf_counter() - passed, 1 + drafted)
-                self._timed(self.account.new_tokens, time.perf_counter() - began)
+                rows, given = rows - 1, given + 1
+                x[:rows], done[:rows] = x[1 : rows + 1], done[1 : rows + 1]
+                if rows:
+                    decoder.place(0, self._positions(rows), rows)
+                logprob, ended = log_probability(logits[0], token), time.perf_counter()
+                self._timed(self.account.check, ended - passed, 1 + drafted)
+                self._timed(self.account.new_tokens, ended - began)
                 self.account.tokens += 1
-                yield token, log_probability(logits[0], token)
+                yield token, logprob
                 if not stands or given == most:
                     return
                 began = time.perf_counter()
@@ -322,78 +209,10 @@ class Drafter(Session):
             self._timed(account.further_row, extra, passes * (rows - 1))
 
 
-@dataclasses.dataclass
-class _Flight:
-    """A position whose loops are not all done, and what was drafted from it."""
-
-    done: int = 0
-    draft: int | None = None
-    guess: Array | None = None
-
-
-def _with(seen: Array, tokens: list[int | None]) -> Array:
+def _with(seen: Array, drafts: list[_Draft | None]) -> Array:
     known = seen.copy()
-    known[[token for token in tokens if token is not None]] = True
+    known[[draft[0] for draft in drafts if draft is not None]] = True
     return known
-
-
-class Planner:
-    """How deep and how far to draft: what is cheapest per expected token, by acceptance and cost so far.
-
-    Drafting k tokens that each stand with chance a gives 1 + a + ... + a^k tokens a round.  The chance of a depth is
-    that of its drafts so far, and one success more: what was not tried is thought well of, and so are, since evidence
-    fades, depths that failed long ago.  Not to draft at all is one of the choices.
-    """
-
-    def __init__(self, drafts: Drafts, full: int, account: DraftAccount) -> None:
-        self._full, self._account = full, account
-        lengths: list[Length] = [drafts.tokens] if drafts.tokens else [FLOW, *range(AUTOMATIC_DRAFTS + 1)]
-        self._choices = [(loops, count) for loops in drafts.depths(full) for count in lengths]
-        self._stood = dict.fromkeys(drafts.depths(full), 0.0)
-        self._judged = dict.fromkeys(drafts.depths(full), 0.0)
-        self._rounds, self._chosen = 0, self._choices[0]
-        self._known = (0, 0)  # judged and accepted when the last round began
-
-    def choose(self) -> tuple[int, Length]:
-        """Loops and tokens of the next round, after what came of the last."""
-        known = (self._account.judged, self._account.accepted)
-        self._learn(self._chosen[0], known[0] - self._known[0], known[1] - self._known[1])
-        self._known = known
-        if len(self._choices) > 1 and self._rounds % KEPT == 0:
-            self._chosen = self._cheapest()
-        self._rounds += 1
-        return self._chosen
-
-    def _learn(self, loops: int, judged: int, stood: int) -> None:
-        """So many drafts were judged, and so many of them stood."""
-        for depth in self._judged:
-            self._judged[depth] *= MEMORY
-            self._stood[depth] *= MEMORY
-        self._judged[loops] += judged
-        self._stood[loops] += stood
-
-    def _cheapest(self) -> tuple[int, Length]:
-        """By seconds per expected token; as long as nothing is timed, by passes."""
-        account, full = self._account, self._full
-        single, further = account.single_pass.typical or 1.0, max(0.0, account.further_row.typical)
-        draft, check = account.choice.typical, account.check.typical
-
-        def cost(choice: tuple[int, Length]) -> float:
-            loops, count = choice
-            chance = (self._stood[loops] + 1.0) / (self._judged[loops] + 1.0)
-            if isinstance(count, str):
-                drafts = checks = tokens = min(LONG_FLOW, 1.0 / max(1e-9, 1.0 - chance))
-                passes = loops * (tokens - 1.0) + full
-                rows = tokens * full + (full - loops) * full / loops / 2.0  # and those begun in vain
-            else:
-                tokens = sum(chance**i for i in range(count + 1))
-                passes = loops * (count + 1) + full - loops
-                rows = full * (count + 1)
-                drafts, checks = count, count + 1
-            seconds = passes * single + (rows - passes) * further + drafts * draft + checks * check
-            return seconds / tokens
-
-        return min(self._choices, key=cost)
 
 
 def generate_drafted(

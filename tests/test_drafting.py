@@ -7,7 +7,8 @@ import pytest
 
 from looplm.arrays import Floats
 from looplm.decoder import Decoder
-from looplm.drafting import FLOW, DraftAccount, Drafter, Drafts, Length, Planner, generate_drafted
+from looplm.draft_plans import FLOW, DraftAccount, Drafts, Length, Planner
+from looplm.drafting import Drafter, generate_drafted
 from looplm.errors import DataError, UsageError
 from looplm.exits import LearnedGate
 from looplm.generation import Generated, generate
@@ -210,8 +211,10 @@ def test_equal_distributions_always_stand_and_remainders_are_distributions() -> 
 
 
 @pytest.mark.parametrize("kind", [Drafter, AcceptsAll])
-@pytest.mark.parametrize("penalty", [1.0, 1.4])
-def test_pairs_of_sampled_tokens_have_the_models_joint_distribution(kind: type[Drafter], penalty: float) -> None:
+@pytest.mark.parametrize(("drafts", "penalty"), [((2, 2), 1.0), ((2, 2), 1.4), ((2, FLOW), 1.4)], ids=str)
+def test_sampled_tokens_have_the_models_joint_distribution(
+    kind: type[Drafter], drafts: tuple[int, Length], penalty: float
+) -> None:
     """A vocabulary of 53 cut to the 3 likeliest: 27 outcomes of three tokens, of which two may be drafts."""
     weights, prompt = random_weights(), random_ids(3)
     sampling = Sampling(temperature=1.5, top_k=3, repetition_penalty=penalty)
@@ -219,7 +222,7 @@ def test_pairs_of_sampled_tokens_have_the_models_joint_distribution(kind: type[D
     counts, rng = np.zeros(len(joint)), np.random.default_rng(1)
     for _ in range(1500):
         tokens = generate_drafted(
-            weights, prompt, Drafts(2, 2), rng=rng, sampling=sampling, max_new_tokens=3, kind=kind
+            weights, prompt, Drafts(*drafts), rng=rng, sampling=sampling, max_new_tokens=3, kind=kind
         )
         found = tuple(token.token_id for token in tokens)
         if found not in outcomes:

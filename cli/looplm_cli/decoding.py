@@ -11,7 +11,7 @@ from looplm_cli.inputs import Opened, chosen_rule
 if TYPE_CHECKING:
     from looplm.arrays import Ints
     from looplm.cache import Policy
-    from looplm.drafting import DraftAccount, Drafts
+    from looplm.draft_plans import DraftAccount, Drafts
     from looplm.exits import ExitRule
     from looplm.generation import Generated
     from looplm.pacing import Pacer
@@ -66,7 +66,7 @@ class Decoding:
 
     def __init__(self, opened: Opened, wishes: Wishes, new_tokens: int) -> None:
         """Raises: UsageError or DataError for what the model cannot do, or an exit trace that cannot be used."""
-        from looplm.drafting import DraftAccount
+        from looplm.draft_plans import DraftAccount
 
         own = opened.config.total_ut_steps
         self._weights, self.told = opened.weights, ""
@@ -106,7 +106,7 @@ class Decoding:
 
 def _drafts(wishes: Wishes, full: int) -> "Drafts | None":
     """The drafts asked for, None for none.  Raises: UsageError for drafts that a full depth cannot check."""
-    from looplm.drafting import FLOW, Drafts
+    from looplm.draft_plans import FLOW, Drafts
 
     if wishes.draft_loops is None and wishes.draft_tokens is None:
         return None

@@ -10,7 +10,8 @@ import numpy as np
 
 from looplm.arrays import Array, Floats, Ints
 from looplm.config import model_config_from_json
-from looplm.drafting import Drafter, Drafts, generate_drafted
+from looplm.draft_plans import FLOW, Drafts, Length
+from looplm.drafting import Drafter, generate_drafted
 from looplm.sampling import GREEDY, accepts, remainder
 from looplm.weights import Weights
 from looplm_reference import judge, ops
@@ -19,12 +20,12 @@ from looplm_reference.model import LoopLM
 
 PROMPT, NEW = 5, 16
 ROOM = 128  # positions: wrong versions may use up more than they should
-LENGTHS = (1, 2, 5)  # drafts between two checks
+LENGTHS: tuple[Length, ...] = (1, 2, 5, FLOW)  # drafts between two checks
 COINS = 1000
 MODELS = {name: {**config, "max_position_embeddings": ROOM} for name, config in judge.MODELS.items()}
 
 
-def compare(name: str, kind: type[Drafter] = Drafter) -> Iterator[Row]:
+def compare(name: str, kind: type[Drafter] = Drafter, lengths: tuple[Length, ...] = LENGTHS) -> Iterator[Row]:
     """One of the judge's models, drafted in every depth and some lengths; a model of one loop has nothing to draft."""
     config = MODELS[name]
     tensors = judge.random_tensors(config)
@@ -33,9 +34,9 @@ def compare(name: str, kind: type[Drafter] = Drafter) -> Iterator[Row]:
     for seed in range(2):
         prompt = np.random.default_rng(seed).integers(0, config["vocab_size"], PROMPT)
         tokens, logprobs = _reference(LoopLM(tensors, config), prompt)
-        for loops, count in itertools.product(range(1, config["total_ut_steps"]), LENGTHS):
+        for loops, count in itertools.product(range(1, config["total_ut_steps"]), lengths):
             found = _drafted(weights, prompt, Drafts(loops, count), kind)
-            place = f"{name}: text {seed + 1}, {count} drafts of {loops} loops"
+            place = f"{name}: text {seed + 1}, drafts of {loops} loops by {count}"
             wrong = float(np.mean([token.token_id for token in found] != tokens))
             yield Row(f"{place}.tokens", wrong, 0.0)
             given = np.array([token.logprob for token in found])
@@ -126,8 +127,8 @@ class DraftMutant:
             return first_failure(self.rows())
 
 
-def _wrong(kind: type[Drafter]) -> Callable[[], Iterator[Row]]:
-    return lambda: itertools.chain.from_iterable(compare(name, kind) for name in MODELS)
+def _wrong(kind: type[Drafter], *lengths: Length) -> Callable[[], Iterator[Row]]:
+    return lambda: itertools.chain.from_iterable(compare(name, kind, lengths or LENGTHS) for name in MODELS)
 
 
 MUTANTS = (
@@ -136,6 +137,9 @@ MUTANTS = (
     DraftMutant("checks with the shallow head", _wrong(_ChecksWithTheShallowHead)),
     DraftMutant("checks one position early", _wrong(_OnePositionEarly)),
     DraftMutant("drafts all in one place", _wrong(_DraftsInOnePlace)),
+    DraftMutant("flow: accepts everything", _wrong(_AcceptsEverything, FLOW)),
+    DraftMutant("flow: forgets to rewind", _wrong(_ForgetsToRewind, FLOW)),
+    DraftMutant("flow: one position early", _wrong(_OnePositionEarly, FLOW)),
     DraftMutant("accepts whatever q drew", lambda: compare_distributions(accepted=lambda *_: True)),
     DraftMutant("accepts with p alone", lambda: compare_distributions(lambda p, q, token, coin: coin < p[token])),
     DraftMutant("draws again from p", lambda: compare_distributions(drawn_again=lambda p, q: p)),
