@@ -20,7 +20,7 @@ def words(*extra: object, model: pathlib.Path) -> list[object]:
     return ["generate", "-m", model, "-p", PROMPT, *extra]
 
 
-@pytest.mark.parametrize("drafts", [("2", "3"), ("auto", "auto"), ("1", None), (None, "2")], ids=str)
+@pytest.mark.parametrize("drafts", [("2", "3"), ("auto", "auto"), ("1", None), (None, "2"), ("2", "flow")], ids=str)
 def test_greedy_text_with_drafts_is_the_text_without(model: pathlib.Path, drafts: tuple[str | None, ...]) -> None:
     options = [w for name, v in zip(("loops", "tokens"), drafts, strict=True) if v for w in (f"--draft-{name}", v)]
     plain = report_of(*words("-t", 0, "-n", 40, "--repetition-penalty", 1.2, model=model))
@@ -96,10 +96,11 @@ def test_exits_of_a_file(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
 
 
 BAD = [
-    (["--draft-loops", "0"], 2, "'0' is neither a number above 0 nor `auto`"),
-    (["--draft-loops", "two"], 2, "'two' is neither"),
-    (["--draft-tokens", "-1"], 2, "'-1' is neither"),
-    (["--draft-tokens", "1.5"], 2, "'1.5' is neither"),
+    (["--draft-loops", "0"], 2, "'0' is no number above 0; write a number or auto"),
+    (["--draft-loops", "flow"], 2, "'flow' is no number above 0"),
+    (["--draft-loops", "two"], 2, "'two' is no number above 0"),
+    (["--draft-tokens", "-1"], 2, "'-1' is no number above 0; write a number or flow or auto"),
+    (["--draft-tokens", "1.5"], 2, "'1.5' is no number"),
     (["--draft-tokens", "24"], 2, "24 drafted tokens cannot be checked together"),
     (["--draft-loops", "4"], 2, "drafts of 4 loops cannot be checked by a full depth of 4"),
     (["--draft-loops", "2", "--loops", "2"], 2, "drafts of 2 loops cannot be checked by a full depth of 2"),
