@@ -227,8 +227,8 @@ class Batch:
         request = flight.request
         flight.count += 1
         token_id, logprob = choose(logits, self._sampling, request.rng.random(), flight.seen)
-        filled, config = int(self._position[place]), self._weights.config
-        finish = why_last(token_id, flight.count, request.max_new_tokens, filled, config, self._stop_ids)
+        filled, more = int(self._position[place]), flight.count < request.max_new_tokens
+        finish = why_last(token_id, self._stop_ids, more, filled < self._weights.config.max_position_embeddings)
         flight.seen[token_id] = True
         self._token[place], self._loops_run[place], self._exit_at[place] = token_id, 0, -1
         if finish is not None:

@@ -106,7 +106,9 @@ class LearnedGate:
         return loops
 
     def stops(self, hidden: Floats, gate_logit: Floats) -> Array:
-        seen = gate_logit.shape[0]
+        seen, rows = gate_logit.shape
+        if self.exit_threshold >= 1.0:
+            return np.zeros(rows, np.bool_)
         # One row more, of any value: the last row takes the remainder, and the loops seen are not the last.
         exit_prob, _ = exit_distribution_forward(gate_logit[[*range(seen), -1]])
         return exit_loop(exit_prob, self.exit_threshold)[0] < seen
@@ -331,5 +333,13 @@ def exit_indices(rules: Sequence[ExitRule], hidden: Floats, gate_logit: Floats) 
 
 
 def readout_of(rule: Any) -> Readout | None:
-    """What a rule reads predictions with; None for one that does not, or is not bound."""
-    return readout_of(rule.rule) if isinstance(rule, Bounded) else getattr(rule, "readout", None)
+    """What a rule, or the one inside it, reads predictions with; None for one that does not, or is not bound."""
+    return readout_of(rule.rule) if hasattr(rule, "rule") else getattr(rule, "readout", None)
+
+
+def count_token(rule: Any, loops_run: int) -> None:
+    """Tell a rule that keeps count that a token has stopped after so many loops; the first is the prompt's last."""
+    if hasattr(rule, "count"):
+        rule.count(loops_run)
+    elif isinstance(rule, Bounded):
+        count_token(rule.rule, loops_run)

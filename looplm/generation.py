@@ -6,7 +6,7 @@ rows that come and go (batching.py), drafts, and anything that prints.
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from .config import ModelConfig
 from .decoder import Decoder
 from .deferral import MAX_DEFERRED, Deferral
 from .errors import DataError, UsageError
-from .exits import ExitRule, exit_index, readout_of
+from .exits import ExitRule, count_token, exit_index, readout_of
 from .memory import GIB, SHARE, available_memory, resident
 from .model import Trace
 from .sampling import Sampling, choose
@@ -163,6 +163,9 @@ class Session:
             self._decoder.cache_moved()
 
 
+SomeSession = TypeVar("SomeSession", bound=Session)
+
+
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """One new token, the loops it took, and on the last one why it is the last."""
@@ -218,6 +221,25 @@ def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
         )
 
 
+def open_session(
+    weights: Weights | StoredWeights,
+    prompt_ids: Ints,
+    loops: int,
+    max_new_tokens: int,
+    kind: type[SomeSession],
+    policy: Policy,
+    kv_dtype: KeyValueType,
+    **settings: Any,
+) -> SomeSession:
+    """A session for a prompt (S) and what follows it.  Raises: DataError if one of them does not fit."""
+    config = weights.config
+    check_prompt(prompt_ids, config)
+    longest = min(prompt_ids.size + max_new_tokens, config.max_position_embeddings)
+    check_policy_memory(config, loops, prompt_ids.size, longest, kv_dtype, policy)
+    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
+    return kind(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, **settings)
+
+
 def generate(
     weights: Weights | StoredWeights,
     prompt_ids: Ints,
@@ -239,19 +261,16 @@ def generate(
 
     Raises: DataError, before anything runs, if the prompt does not fit the model, or its keys and values the memory.
     """
-    check_prompt(prompt_ids, weights.config)
-    chosen = Sampling() if sampling is None else sampling
-    config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
-    longest = min(prompt_ids.size + max_new_tokens, config.max_position_embeddings)
-    check_policy_memory(config, loops, prompt_ids.size, longest, kv_dtype, policy)
-    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
-    session = Session(
+    loops, chosen = rule.deepest(weights.config.total_ut_steps), Sampling() if sampling is None else sampling
+    session = open_session(
         weights,
-        loops=loops,
-        capacity=capacity,
-        policy=policy,
+        prompt_ids,
+        loops,
+        max_new_tokens,
+        Session,
+        policy,
+        kv_dtype,
         max_deferred=max_deferred,
-        kv_dtype=kv_dtype,
         threads=threads,
     )
     return _continue(session, prompt_ids, prompt_ids[:0], rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
@@ -272,18 +291,21 @@ def _continue(
     config = session.weights.config
     exit_at, logits = feed_prompt(session, prompt_ids, rule)
     loops_run = session.loops
+    count_token(rule, loops_run)
     seen = np.zeros(config.vocab_size, np.bool_)
     seen[prompt_ids] = seen[before] = True
     token = np.empty(1, np.int64)
     for count in range(1, max_new_tokens + 1):
         token[0], logprob = choose(logits, sampling, rng.random(), seen)
-        finish = why_last(int(token[0]), count, max_new_tokens, session.filled, config, stop_ids)
+        room = session.filled < config.max_position_embeddings
+        finish = why_last(int(token[0]), stop_ids, count < max_new_tokens, room)
         yield Generated(int(token[0]), exit_at, loops_run, logprob, finish)
         if finish is not None:
             return
         seen[token] = True
         exits = session.advance(token, rule)
         exit_at, loops_run = int(exits[0]), session.loops_run
+        count_token(rule, loops_run)
         logits = session.logits(exits, rule)[0]
 
 
@@ -299,15 +321,11 @@ def feed_prompt(session: Session, prompt_ids: Ints, rule: ExitRule) -> tuple[int
     return exit_at, session.weights.logits(last[exit_at, 0]) if known is None else known[0]
 
 
-def why_last(
-    token_id: int, count: int, max_new_tokens: int, filled: int, config: ModelConfig, stop_ids: Collection[int]
-) -> Finish | None:
-    """Why a text ends with this token, its `count`th new one, behind `filled` positions; None if it goes on."""
-    if token_id in stop_ids:
+def why_last(token: int, stop_ids: Collection[int], more_wanted: bool, room: bool) -> Finish | None:
+    """Why a new token is the last one; None if it is not."""
+    if token in stop_ids:
         return "stop token"
-    if count == max_new_tokens:
-        return "max_new_tokens"
-    return "context full" if filled == config.max_position_embeddings else None
+    return "max_new_tokens" if not more_wanted else None if room else "context full"
 
 
 class StopStrings:

@@ -81,6 +81,26 @@ def draw(prob: Array, coin: float) -> int:
 def choose(logits: Floats, sampling: Sampling, coin: float, seen: Array | None = None) -> tuple[int, float]:
     """The next token, and its log-probability under the model itself (nats, before any setting).  logits: V."""
     token_id = draw(probabilities(logits, sampling, seen), coin)
+    return token_id, log_probability(logits, token_id)
+
+
+def log_probability(logits: Floats, token_id: int) -> float:
+    """Of one token under the model itself, nats.  logits: V."""
     highest = float(logits.max())
     log_total = highest + float(np.log(np.exp(logits.astype(np.float64) - highest).sum()))
-    return token_id, float(logits[token_id]) - log_total
+    return float(logits[token_id]) - log_total
+
+
+def accepts(prob: Array, guess: Array, token_id: int, coin: float) -> bool:
+    """Whether a token drawn from `guess` stands as one drawn from `prob`: with probability min(1, prob / guess).
+
+    prob, guess: V.  Together with `remainder` for the tokens refused, what stands is distributed as `prob`.
+    """
+    return bool(coin * guess[token_id] < prob[token_id])
+
+
+def remainder(prob: Array, guess: Array) -> Array:
+    """The distribution to draw from after a refusal: what `prob` has more than `guess`.  V"""
+    more = np.maximum(prob - guess, 0.0)
+    total = more.sum()
+    return more / total if total > 0.0 else prob  # equal but for rounding

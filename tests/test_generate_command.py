@@ -80,7 +80,7 @@ def test_smaller_thresholds_save_loops_and_the_models_own_is_the_default(model: 
 
 
 def test_full_keys_and_values_save_nothing(model: pathlib.Path) -> None:
-    report = report_of(*words("--q", 0.3, "-n", 20, "--kv", "full", model=model))
+    report = report_of(*words("--q", 0.3, "-n", 20, "--cache", "full", model=model))
     assert report["mean_loops"] == 4.0
     assert report["exits"][0] > 0
 

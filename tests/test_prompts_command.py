@@ -44,7 +44,7 @@ def alone(model: pathlib.Path, prompt: str, seed: int, *settings: object) -> dic
     [
         ["--q", 0.5, "-n", 12],
         ["--exit", "kl:0.5", "--min-loops", 2, "--temperature", 1.1, "--top-k", 40, "--repetition-penalty", 1.2],
-        ["--q", 0.4, "--kv", "full", "--kv-dtype", "bfloat16", "--threads", 2, "--top-p", 0.9, "--min-p", 0.01],
+        ["--q", 0.4, "--cache", "full", "--kv-dtype", "bfloat16", "--threads", 2, "--top-p", 0.9, "--min-p", 0.01],
         ["--loops", 2, "--weights", "int8", "--stop", "e", "--stop", "\n", "-t", 0],
     ],
     ids=str,
@@ -154,7 +154,7 @@ def refused(*arguments: object, code: int) -> tuple[str, str]:
         (["--batch", "many"], 2, "'many' is not a valid int"),
         (["--prompt", "x"], 2, "--prompts and --prompt exclude each other"),
         (["--json"], 2, "--prompts and --json exclude each other"),
-        (["--kv", "shared"], 2, "--kv 'shared' is not known"),
+        (["--cache", "shared"], 2, "--cache 'shared' is not known"),
         (["--out", "."], 2, "--out . is a folder"),
         (["--out", "/dev/null/a.jsonl"], 1, "cannot write /dev/null: "),
         (["--stop", ""], 2, "a stop string is empty"),

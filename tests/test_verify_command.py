@@ -15,7 +15,7 @@ from in_process import looplm, report_of
 from looplm.checkpoint import read_tensors
 from looplm.kernels.product.select import PATHS
 from looplm.safetensors_file import write_tensors
-from looplm_cli import engine_candidate, verification
+from looplm_cli import draft_verification, engine_candidate, verification
 from looplm_reference import batch_judge, bfloat16, policy_judge, quantized_judge
 from looplm_reference.model import LoopLM
 from looplm_reference.mutants import MODEL_MUTANTS, OP_MUTANTS, ModelMutant
@@ -79,6 +79,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
         "quantized mutants",
         "batches",
         "batch mutants",
+        "drafts",
+        "draft mutants",
     ]
     checks = [check for section in report["sections"] for check in section.get("checks", [])]
     mutants = [mutant for section in report["sections"] for mutant in section.get("mutants", [])]
@@ -91,8 +93,8 @@ def test_the_report_holds_every_comparison(everything: tuple[str, dict[str, Any]
     compared = sum(check["comparisons"] for check in checks)
     compared += sum(len(folder["rows"]) for folder in report["folders"])
     assert f"{compared} comparisons pass, {len(mutants)} mutants caught" in text
-    judged = (bfloat16.MUTANTS, quantized_judge.MUTANTS, policy_judge.MUTANTS, batch_judge.MUTANTS)
-    every = (OP_MUTANTS, MODEL_MUTANTS, *judged)
+    judged = (bfloat16, quantized_judge, policy_judge, batch_judge, draft_verification)
+    every = (OP_MUTANTS, MODEL_MUTANTS, *(module.MUTANTS for module in judged))
     assert len(mutants) == sum(map(len, every))
 
 

@@ -70,6 +70,14 @@ def parse_exits(values: list[str] | None) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def parse_drafts(param: typer.CallbackParam, value: str | None) -> str | None:
+    """A whole number above 0, or one of the words that stand beside it in the help."""
+    words = (param.metavar or "").split("|")[1:]
+    if value is not None and value not in words and not (value.isascii() and value.isdigit() and int(value) > 0):
+        raise typer.BadParameter(f"{value!r} is no number above 0; write a number or {' or '.join(words)}")
+    return value
+
+
 CorpusArgument = Annotated[
     list[str] | None,
     typer.Argument(
@@ -158,6 +166,64 @@ LoopsOption = Annotated[
         rich_help_panel=LOOPS,
     ),
 ]
+DraftLoopsOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-loops",
+        metavar="R|auto",
+        show_default="no drafts",
+        callback=parse_drafts,
+        help="Draft tokens with the first R loops and check them with all loops together: the same text, sooner where "
+        "drafts stand. auto: what is cheapest by acceptance and cost so far.",
+        rich_help_panel=LOOPS,
+    ),
+]
+DraftTokensOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft-tokens",
+        metavar="K|flow|auto",
+        show_default="auto with --draft-loops",
+        callback=parse_drafts,
+        help="Tokens drafted between two checks; flow: each is checked while the next ones are drafted.",
+        rich_help_panel=LOOPS,
+    ),
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        "--budget-loops-per-token",
+        metavar="X",
+        min=1.0,
+        show_default=False,
+        callback=finite,
+        help="At most X loops per token on average, at any moment. Without --q and --exit the gate's threshold is "
+        "steered so that the budget is used where the gate wants it.",
+        rich_help_panel=LOOPS,
+    ),
+]
+MaxMsOption = Annotated[
+    float | None,
+    typer.Option(
+        "--max-ms-per-token",
+        metavar="MS",
+        min=0.001,
+        show_default=False,
+        callback=finite,
+        help="As deep as MS milliseconds per token allow, by what loops have taken so far; one loop always runs.",
+        rich_help_panel=LOOPS,
+    ),
+]
+ExitTraceOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--exit-trace",
+        metavar="FILE",
+        show_default=False,
+        help="Stop after the loops this file lists, one per new token, whatever the gate says.",
+        rich_help_panel=LOOPS,
+    ),
+]
 TemperatureOption = Annotated[
     float,
     typer.Option(
@@ -209,7 +275,6 @@ CacheOption = Annotated[
     str,
     typer.Option(
         "--cache",
-        "--kv",
         metavar="POLICY",
         help="Keys and values of loops a token did not run. last-exited: those of its last loop, so loops are "
         "really saved; exact: computed once a later token needs them, nothing is approximated; full: all loops always "

@@ -21,6 +21,7 @@ from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.settings import RECOMPUTE
 from looplm.stored import StoredWeights, convert, is_matrix
 from looplm_cli.batch_verification import batch_checks, batch_mutants
+from looplm_cli.draft_verification import draft_checks, draft_mutants
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_cli.policy_engine import policy_checks, policy_mutants
 from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
@@ -79,6 +80,8 @@ def sections(threads: int) -> list[Section]:
             _verdicts(batch_checks(threads)),
         ),
         Section("batch mutants", "mistakes made in a batch on purpose", _catches(batch_mutants()), mutants=True),
+        Section("drafts", "drafted text against greedy decoding by recomputation", _verdicts(draft_checks())),
+        Section("draft mutants", "mistakes made in drafting on purpose", _catches(draft_mutants()), mutants=True),
     ]
 
 

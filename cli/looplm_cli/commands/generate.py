@@ -6,12 +6,17 @@ from typing import Annotated, Any
 import typer
 
 from looplm_cli.options import (
+    BudgetOption,
     CacheOption,
+    DraftLoopsOption,
+    DraftTokensOption,
     ExitOption,
+    ExitTraceOption,
     JsonOption,
     KvDtypeOption,
     LoopsOption,
     MaxDeferredOption,
+    MaxMsOption,
     MaxNewTokensOption,
     MinLoopsOption,
     MinPOption,
@@ -51,6 +56,11 @@ def generate(
     ] = None,
     cache: CacheOption = "last-exited",
     max_deferred: MaxDeferredOption = None,
+    draft_loops: DraftLoopsOption = None,
+    draft_tokens: DraftTokensOption = None,
+    budget_loops_per_token: BudgetOption = None,
+    max_ms_per_token: MaxMsOption = None,
+    exit_trace: ExitTraceOption = None,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     weights: WeightsOption = None,
@@ -99,6 +109,9 @@ def generate(
     Many prompts at once share each pass over the weights, every one in its own loop, and get what they would get alone:
 
     [bold]looplm generate --prompts questions.txt --q 0.7 --out answers.jsonl[/bold]
+
+    With --draft-loops, the first loops draft tokens and all loops check them: the text is that of full depth, to the
+    last bit where it is greedy, and in distribution where it is sampled (a seed then fixes it only for given R and K).
     """
     import numpy as np
 
@@ -106,9 +119,9 @@ def generate(
     from looplm.chat_template import stop_ids
     from looplm.sampling import Sampling
     from looplm_cli.batch_run import Answers, check_combination, check_out, run_prompts
+    from looplm_cli.decoding import Decoding, Wishes
     from looplm_cli.inputs import (
         check_loops,
-        chosen_rule,
         deferred_bound,
         key_value_policy,
         key_value_type,
@@ -121,10 +134,24 @@ def generate(
     from looplm_cli.render import print_json, print_warning, say
     from looplm_cli.written import Written
 
-    of_many = {"--batch": batch, "--out": out, "--unordered": unordered or None}
-    check_combination(prompts, of_many, {"--prompt": prompt, "--json": as_json or None})
+    of_one: dict[str, object] = {"--prompt": prompt, "--json": as_json or None, "--exit-trace": exit_trace}
+    of_one |= {"--draft-loops": draft_loops, "--draft-tokens": draft_tokens}
+    of_one |= {"--budget-loops-per-token": budget_loops_per_token, "--max-ms-per-token": max_ms_per_token}
+    check_combination(prompts, {"--batch": batch, "--out": out, "--unordered": unordered or None}, of_one)
     policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
     bound = deferred_bound(policy, max_deferred)
+    wishes = Wishes(
+        q=q,
+        exit=exit,
+        min_loops=min_loops,
+        loops=loops,
+        cache=policy,
+        draft_loops=draft_loops,
+        draft_tokens=draft_tokens,
+        max_ms_per_token=max_ms_per_token,
+        budget_loops_per_token=budget_loops_per_token,
+        exit_trace=exit_trace,
+    )
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
@@ -138,33 +165,36 @@ def generate(
     opened = open_stored(model, weights)
     refuse_task(opened)
     own_loops = opened.config.total_ut_steps
-    rule, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
-    if told and not quiet:
-        say(told)
-    check_loops(opened, None if rule.deepest(own_loops) == own_loops else rule.deepest(own_loops))
+    decoding = Decoding(opened, wishes, max_new_tokens)
+    if decoding.told and not quiet:
+        say(decoding.told)
+    check_loops(opened, None if decoding.depth == own_loops else decoding.depth)
     ends, warnings = stop_ids(opened.folder, opened.special_tokens, opened.tokenizer)
     for warning in warnings:
         print_warning(warning)
-    settings: dict[str, Any] = {"rule": rule, "sampling": sampling, "stop_ids": ends}
-    settings |= {"policy": policy, "kv_dtype": cache_dtype}
+    settings: dict[str, Any] = {"sampling": sampling, "stop_ids": ends, "kv_dtype": cache_dtype}
     if prompts is not None:
-        settings |= {"rows": rows, "threads": threads or batching.useful_threads(opened.weights, rows)}
-        answers = Answers(opened, entries, stop or [], seed, max(own_loops, rule.deepest(own_loops)))
-        together = batching.Batch(opened.weights, answers.requests(max_new_tokens), **settings)
+        settings |= {
+            "policy": policy,
+            "rows": rows,
+            "threads": threads or batching.useful_threads(opened.weights, rows),
+        }
+        answers = Answers(opened, entries, stop or [], seed, max(own_loops, decoding.depth))
+        together = batching.Batch(opened.weights, answers.requests(max_new_tokens), rule=decoding.rule, **settings)
         run_prompts(answers, together, out, unordered, quiet)
         return
     text = "" if prompt is None else read_prompt(prompt)
     ids = prompt_ids(opened, text)
-    tokens = generation.generate(
-        opened.weights,
+    tokens = decoding.tokens(
         ids,
+        policy,
+        bound,
         rng=np.random.default_rng(seed),
         max_new_tokens=max_new_tokens,
-        max_deferred=bound,
         threads=threads or generation.useful_threads(opened.weights),
         **settings,
     )
-    written = Written(max(own_loops, rule.deepest(own_loops)))
+    written = Written(max(own_loops, decoding.depth))
     if not (as_json or quiet):
         _show_prompt(text)
     decoder = opened.tokenizer.stream()
@@ -177,14 +207,14 @@ def generate(
     except KeyboardInterrupt:
         written.end("", False, shown=not as_json)
         if not quiet:
-            say(written.summary())
+            say(written.summary() + decoding.summary())
         raise
     if not quiet:
-        say(written.summary())
+        say(written.summary() + decoding.summary())
     if as_json:
         asked = {"model": str(opened.folder), "prompt": text, "prompt_tokens": int(ids.size), "seed": seed}
-        asked |= {"q": q, "exit": str(rule), "loops": written.depth, "kv": policy}
-        print_json({**asked, **written.report(opened.tokenizer)})
+        asked |= {"q": q, "exit": str(decoding.rule), "loops": written.depth, "kv": policy}
+        print_json({**asked, **written.report(opened.tokenizer), **decoding.report()})
 
 
 def _show_prompt(text: str) -> None:
