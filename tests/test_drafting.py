@@ -251,8 +251,10 @@ def exact_joint(weights: Weights, prompt: np.ndarray, sampling: Sampling) -> tup
 def test_a_seed_fixes_a_sampled_text(weights: Weights) -> None:
     texts = [
         [
-            t.token_id
-            for t in drafted(weights, random_ids(5), Drafts(2, 3), sampling=Sampling(), rng=np.random.default_rng(s))
+            token.token_id
+            for token in drafted(
+                weights, random_ids(5), Drafts(2, 3), sampling=Sampling(), rng=np.random.default_rng(s)
+            )
         ]
         for s in (1, 1, 2)
     ]
