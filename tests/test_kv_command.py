@@ -3,11 +3,14 @@
 import pathlib
 from typing import Any
 
+import numpy as np
 import pytest
 
 import tiny_models
 from in_process import looplm, report_of
 from looplm.cache import POLICIES, SHARED
+from looplm.data import windows
+from looplm_cli.held_out import pieces
 
 QUICK = ("--windows", 4, "--seq-len", 24, "--q", 0.4)
 
@@ -72,6 +75,17 @@ def test_options_reach_the_decoding(model: pathlib.Path, tmp_path: pathlib.Path)
     exact = next(each for each in waits if each["policy"] == "exact")
     assert exact["passes"] == 4.0
     assert exact["mean_loops"] < 4.0
+
+
+@pytest.mark.parametrize("size", [1, 2, 9, 17, 40, 65])
+def test_pieces_are_whole_windows_without_padding(size: int) -> None:
+    ids = np.arange(1, size + 2)
+    batches = list(windows(ids, 2, 16))
+    found = pieces(batches, 3)
+    assert {len(piece) for piece in found} == {min(16, size + 1)}
+    for piece in found:
+        np.testing.assert_array_equal(piece, ids[piece[0] - 1 :][: len(piece)])
+    assert len(found) == max(1, min(3, size // 16))
 
 
 @pytest.mark.parametrize("width", [80, 120])
