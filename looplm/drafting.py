@@ -22,7 +22,8 @@ import numpy as np
 from .arrays import Array, Floats, Ints
 from .cache import KeyValueType
 from .draft_plans import FLOW, DraftAccount, Drafts, Planner, Timed
-from .generation import Generated, Session, feed_prompt, open_session, why_last
+from .exits import LearnedGate
+from .generation import PREALLOCATED, Generated, Session, check_memory, check_prompt, feed_prompt, why_last
 from .kernels.product.stored import FEW_ROWS
 from .sampling import Sampling, accepts, choose, draw, log_probability, probabilities, remainder
 from .stored import StoredWeights
@@ -240,7 +241,11 @@ def generate_drafted(
     account = DraftAccount() if account is None else account
     account.full = full
     planner = Planner(drafts, full, account)
-    session = open_session(weights, prompt_ids, full, max_new_tokens, "full", kv_dtype, threads, kind)
+    check_prompt(prompt_ids, weights.config)
+    longest = min(prompt_ids.size + max_new_tokens, weights.config.max_position_embeddings)
+    check_memory(weights.config, full, longest, kv_dtype)
+    capacity = min(longest, prompt_ids.size + PREALLOCATED)
+    session = kind(weights, loops=full, capacity=capacity, policy="full", kv_dtype=kv_dtype, threads=threads)
     session.account = account
     chosen, ends = Sampling() if sampling is None else sampling, frozenset(stop_ids)
     return _continue(session, planner, np.ascontiguousarray(prompt_ids, np.int64), rng, chosen, max_new_tokens, ends)
@@ -257,9 +262,9 @@ def _continue(
 ) -> Iterator[Generated]:
     if max_new_tokens < 1:
         return
-    context, last = session.weights.config.max_position_embeddings, session.loops - 1
-    logits = session.weights.logits(feed_prompt(session, prompt).hidden[last, 0, -1])
-    seen = np.zeros(session.weights.config.vocab_size, np.bool_)
+    config = session.weights.config
+    last, logits = feed_prompt(session, prompt, LearnedGate(1.0))
+    seen = np.zeros(config.vocab_size, np.bool_)
     seen[prompt] = True
     token, logprob = choose(logits, sampling, rng.random(), seen)
     seen[token] = True
@@ -268,13 +273,13 @@ def _continue(
     while True:
         for token, logprob in found:
             written += 1
-            finish = why_last(token, stop_ids, written < max_new_tokens, position < context)
+            finish = why_last(token, written, max_new_tokens, position, config, stop_ids)
             yield Generated(token, last, session.loops, logprob, finish)
             if finish is not None:
                 return
             position += 1
         depth, length = planner.choose()
-        most = min(max_new_tokens - written, context - session.filled)
+        most = min(max_new_tokens - written, config.max_position_embeddings - session.filled)
         found = (
             session.flow(token, depth, most, sampling, rng, seen)
             if isinstance(length, str)

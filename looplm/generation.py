@@ -1,12 +1,12 @@
 """Continuing a text: a prompt through all loops, then token by token, each looping only as long as its exit rule says.
 
 Here: a session over one or several rows in lockstep, the generator of tokens, and stop strings.  Knowingly not here:
-rows that come and go, drafts, and anything that prints.
+rows that come and go, drafts (drafting.py), and anything that prints.
 """
 
 import dataclasses
 from collections.abc import Collection, Iterator, Sequence
-from typing import Literal, TypeVar
+from typing import Literal
 
 import numpy as np
 
@@ -150,9 +150,6 @@ class Session:
             self._decoder.cache_moved()
 
 
-SomeSession = TypeVar("SomeSession", bound=Session)
-
-
 @dataclasses.dataclass(frozen=True)
 class Generated:
     """One new token, the loops it took, and on the last one why it is the last."""
@@ -197,24 +194,6 @@ def check_prompt(prompt_ids: Ints, config: ModelConfig) -> None:
         )
 
 
-def open_session(
-    weights: Weights | StoredWeights,
-    prompt_ids: Ints,
-    loops: int,
-    max_new_tokens: int,
-    policy: Policy,
-    kv_dtype: KeyValueType,
-    threads: int,
-    kind: type[SomeSession],
-) -> SomeSession:
-    """A session for a prompt (S) and what follows it.  Raises: DataError if one of them does not fit."""
-    config = weights.config
-    check_prompt(prompt_ids, config)
-    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
-    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
-    return kind(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
-
-
 def generate(
     weights: Weights | StoredWeights,
     prompt_ids: Ints,
@@ -235,8 +214,12 @@ def generate(
 
     Raises: DataError, before anything runs, if the prompt does not fit the model, or its keys and values the memory.
     """
-    loops, chosen = rule.deepest(weights.config.total_ut_steps), Sampling() if sampling is None else sampling
-    session = open_session(weights, prompt_ids, loops, max_new_tokens, policy, kv_dtype, threads, Session)
+    check_prompt(prompt_ids, weights.config)
+    chosen = Sampling() if sampling is None else sampling
+    config, loops = weights.config, rule.deepest(weights.config.total_ut_steps)
+    check_memory(config, loops, min(prompt_ids.size + max_new_tokens, config.max_position_embeddings), kv_dtype)
+    capacity = min(prompt_ids.size + min(max_new_tokens, PREALLOCATED), config.max_position_embeddings)
+    session = Session(weights, loops=loops, capacity=capacity, policy=policy, kv_dtype=kv_dtype, threads=threads)
     return _continue(session, prompt_ids, prompt_ids[:0], rule, rng, chosen, max_new_tokens, frozenset(stop_ids))
 
 
@@ -252,21 +235,16 @@ def _continue(
 ) -> Iterator[Generated]:
     if max_new_tokens < 1:
         return
-    config, prompt = session.weights.config, np.ascontiguousarray(prompt_ids, np.int64)
-    trace = feed_prompt(session, prompt)
-    last = trace.hidden[:, :, -1]
-    exit_at, loops_run = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0]), session.loops
+    config = session.weights.config
+    exit_at, logits = feed_prompt(session, prompt_ids, rule)
+    loops_run = session.loops
     count_token(rule, loops_run)
-    logits = session.weights.logits(last[exit_at, 0])
-    del trace, last  # all states of a chunk of the prompt
-
     seen = np.zeros(config.vocab_size, np.bool_)
-    seen[prompt] = seen[before] = True
+    seen[prompt_ids] = seen[before] = True
     token = np.empty(1, np.int64)
     for count in range(1, max_new_tokens + 1):
         token[0], logprob = choose(logits, sampling, rng.random(), seen)
-        room = session.filled < config.max_position_embeddings
-        finish = why_last(int(token[0]), stop_ids, count < max_new_tokens, room)
+        finish = why_last(int(token[0]), count, max_new_tokens, session.filled, config, stop_ids)
         yield Generated(int(token[0]), exit_at, loops_run, logprob, finish)
         if finish is not None:
             return
@@ -277,18 +255,27 @@ def _continue(
         logits = session.logits(exits, rule)[0]
 
 
-def feed_prompt(session: Session, prompt_ids: Ints) -> Trace:
-    """A prompt through all loops, a chunk at a time.  prompt_ids: S -> the Trace of the last chunk."""
-    for begin in range(0, prompt_ids.size, PREFILL_ROWS):
-        trace = session.feed(prompt_ids[None, begin : begin + PREFILL_ROWS])
-    return trace
+def feed_prompt(session: Session, prompt_ids: Ints, rule: ExitRule) -> tuple[int, Floats]:
+    """A prompt through all loops -> the loop its last position is read from, and the logits there.  prompt_ids: S."""
+    prompt = np.ascontiguousarray(prompt_ids, np.int64)
+    for begin in range(0, prompt.size, PREFILL_ROWS):
+        trace = session.feed(prompt[None, begin : begin + PREFILL_ROWS])
+    last = trace.hidden[:, :, -1]
+    exit_at = int(exit_index(rule, last, trace.gate_logit[:, :, -1])[0])
+    readout = readout_of(rule)
+    known = None if readout is None else readout.recall(last[exit_at])
+    return exit_at, session.weights.logits(last[exit_at, 0]) if known is None else known[0]
 
 
-def why_last(token: int, stop_ids: Collection[int], more_wanted: bool, room: bool) -> Finish | None:
-    """Why a new token is the last one; None if it is not."""
-    if token in stop_ids:
+def why_last(
+    token_id: int, count: int, max_new_tokens: int, filled: int, config: ModelConfig, stop_ids: Collection[int]
+) -> Finish | None:
+    """Why a text ends with this token, its `count`th new one, behind `filled` positions; None if it goes on."""
+    if token_id in stop_ids:
         return "stop token"
-    return "max_new_tokens" if not more_wanted else None if room else "context full"
+    if count == max_new_tokens:
+        return "max_new_tokens"
+    return "context full" if filled == config.max_position_embeddings else None
 
 
 class StopStrings:
