@@ -1,7 +1,7 @@
 """Continuing a text: a prompt through all loops, then token by token, each looping only as long as its exit rule says.
 
 Here: a session over one or several rows in lockstep, the generator of tokens, and stop strings.  Knowingly not here:
-rows that come and go (batching.py), drafts, and anything that prints.
+rows that come and go (batching.py), drafts (drafting.py), and anything that prints.
 """
 
 import dataclasses
