@@ -13,7 +13,8 @@ import numpy as np
 from .arrays import Array, Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .errors import CheckpointError
-from .kernels.product.stored import multiply, multiply_into, scratch_size, widen_row
+from .kernels.product.stored import multiply_into, prepared_size, routine_for, scratch_size
+from .kernels.product.widened import widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
 from .quantization import Quantization, Quantized, quantize_matrix, scale_name
@@ -71,10 +72,11 @@ class StoredMatrix:
     def multiply(self, x: Floats, threads: int = 1) -> Floats:
         """x times the transpose.  x: MK (contiguous) -> y: MN"""
         y = np.empty((len(x), self.shape[0]), np.float32)
+        routine = routine_for(self.plan[0], len(x))
 
         def work(share: slice) -> None:
-            scratch = aligned_empty((scratch_size(x.shape[1]),))
-            multiply_into(multiply.address, y, x, *self.plan, share.start, share.stop, scratch)
+            prepared, scratch = (aligned_empty((size(x.shape[1]),)) for size in (prepared_size, scratch_size))
+            multiply_into(routine, y, x, *self.plan, share.start, share.stop, prepared, scratch)
 
         run_all(work, shards(self.shape[0], threads))
         return y

@@ -1,10 +1,11 @@
 """One loop of the model over a few rows or many, in one compiled call that all threads of a team work on together.
 
 Rows are M = B * S new positions: B blocks of S consecutive ones; short blocks may be of any loops, since loops share
-their weights.  Each thread computes a share of every
-product's outputs and of the heads, and all norms, so that threads meet four times a layer.  A few rows are multiplied
-with the weights as they lie in memory; many go through register tiles, a block of weights widened at a time.  A row's
-result does not depend on other rows or on threads, within either way.
+their weights.  A layer is four phases, each a list of items: a key/value group with its projections, or a run of a
+product's outputs.  Threads take items until none is left (team.py), so that a slow one is waited for no longer than an
+item takes; whoever finishes the last does what lies between two phases: norms, and x made ready for the next product.
+A few rows are multiplied with the weights as they lie in memory; many go through register tiles, a block of weights
+widened at a time.  A row's result does not depend on other rows or on threads, within either way.
 
 Everything is described by a plan: a table of numbers and addresses.  Keys and values are (R * L) x B x G x P x K.
 """
@@ -12,192 +13,198 @@ Everything is described by a plan: a table of numbers and addresses.  Keys and v
 import numpy as np
 
 from . import plan as field
-from .addresses import add_to, caller, doubles_at, floats_at, longs_at, look_at, wait_for
-from .cached_attention import call_attend
+from .addresses import call, doubles_at, floats_at, longs_at
 from .intrinsics import exp32
 from .jit import Routine, njit
-from .product.stored import call_multiply
+from .product.stored import FEW_ROWS
+from .product.widened import row_bytes
 from .rmsnorm import row_rrms
 
-# A team's control words, each on a cache line of its own.
-GO, COUNT, PARTS, WORK, PLAN, FIRST_PART = 0, 8, 16, 17, 18, 24
-PASSED, ASLEEP, SEEN = 0, 1, 2
+PHASES = 4  # of a layer: attention and the products before it, the one after it, gate and up, down
+(_ATTEND, _ATTENDED, _GATE_UP, _DOWN) = range(PHASES)
+ITEM_BYTES = 1 << 16  # weights of an item, at least: some microseconds
+MOST_ITEMS = 8  # for each thread
+FEW_UNIT, WIDE_UNIT = 16, 256  # an item's outputs are a multiple of it
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
 @njit
-def _share(total, part, parts, unit):
-    """The part of `total` in whole units: equal where it can be."""
-    units = (total + unit - 1) // unit
-    return min(total, units * part // parts * unit), min(total, units * (part + 1) // parts * unit)
+def _rows(plan):
+    return plan[field.BATCH] * plan[field.LENGTH]
 
 
 @njit
-def _product(plan, own, matrix, ready, x, x_row, columns, first, last, y, y_row):
-    """A share of a matrix's rows times all rows of x; `ready` as in `multiply`."""
-    kind, codes, scales = plan[matrix], plan[matrix + 1], plan[matrix + 2]
-    rows, scratch = plan[field.BATCH] * plan[field.LENGTH], own + plan[field.SCRATCH]
-    arguments = (kind, codes, scales, columns, first, last, x, x_row, rows, y, y_row, scratch, ready)
-    return call_multiply(plan[field.MULTIPLY], arguments)
-
-
-# ---- one loop
+def _product(plan, own, matrix, x, x_row, columns, first, last, y, y_row):
+    """Rows first to last of a matrix times all rows of x; y: where the first output of the first of them goes."""
+    kind, codes, scales, rows = plan[matrix], plan[matrix + 1], plan[matrix + 2], _rows(plan)
+    out, scratch = y + 4 * first, own + plan[field.SCRATCH]
+    if rows > FEW_ROWS:
+        arguments = (kind, codes, scales, columns, first, last, x, x_row, rows, out, y_row, scratch)
+        call(plan[field.MULTIPLY_WIDE], arguments)
+    else:
+        ready = plan[field.PREPARED] + kind * plan[field.PREPARED_STEP]
+        call(plan[field.MULTIPLY + kind], (codes, scales, columns, first, last, 0, 0, rows, out, y_row, ready, scratch))
 
 
 @njit
-def _norm(y, x, weight, columns, rows, eps):
-    gain = floats_at(weight, columns)
-    for row in range(rows):
-        line, out = floats_at(x + 4 * row * columns, columns), floats_at(y + 4 * row * columns, columns)
+def _prepare(plan, matrix, count, x, x_row, columns):
+    """Make x ready for some matrices, one after the other in the plan: once for each kind of weight among them."""
+    rows, done = _rows(plan), 0
+    for i in range(count if rows <= FEW_ROWS else 0):
+        kind = plan[matrix + 3 * i]
+        if not done >> kind & 1:
+            done |= 1 << kind
+            ready = plan[field.PREPARED] + kind * plan[field.PREPARED_STEP]
+            call(plan[field.MULTIPLY + kind], (0, 0, columns, 0, 0, x, x_row, rows, 0, 0, ready, 0))
+
+
+@njit
+def _norm(plan, y, x, weight, add):
+    """y = norm(x), or more by it.  y, x: rows of the model's width."""
+    width, eps = plan[field.WIDTH_D], doubles_at(plan[field.CONSTANTS], 1)[0]
+    gain = floats_at(weight, width)
+    for row in range(_rows(plan)):
+        line, out = floats_at(x + 4 * row * width, width), floats_at(y + 4 * row * width, width)
         scale = row_rrms(line, eps)
-        for i in range(columns):
-            out[i] = line[i] * scale * gain[i]
-
-
-@njit
-def _add_norm(state, x, weight, columns, rows, eps):
-    """state += norm(x)."""
-    gain = floats_at(weight, columns)
-    for row in range(rows):
-        line, out = floats_at(x + 4 * row * columns, columns), floats_at(state + 4 * row * columns, columns)
-        scale = row_rrms(line, eps)
-        for i in range(columns):
-            out[i] = out[i] + line[i] * scale * gain[i]
+        if add:
+            for i in range(width):
+                out[i] = out[i] + line[i] * scale * gain[i]
+        else:
+            for i in range(width):
+                out[i] = line[i] * scale * gain[i]
 
 
 @njit
 def _swiglu(plan, first, last):
     """The first half of gate_up becomes silu(gate) * up, channels first to last."""
     ff = plan[field.FEED_FORWARD]
-    for row in range(plan[field.BATCH] * plan[field.LENGTH]):
+    for row in range(_rows(plan)):
         at = plan[field.GATE_UP] + 4 * (2 * ff * row + first)
         gate, up = floats_at(at, last - first), floats_at(at + 4 * ff, last - first)
         for i in range(last - first):
             gate[i] = gate[i] / (_ONE + exp32(-gate[i])) * up[i]
 
 
-@njit
-def _meet(control, part):
-    """Wait until all parts have come here."""
-    parts = control[PARTS]
-    if parts > 1:
-        at = FIRST_PART + 8 * part + PASSED
-        control[at] += parts
-        if add_to(control, COUNT, 1) < control[at]:
-            wait_for(control, COUNT, control[at], 0)
+# ---- phases
 
 
 @njit
-def _run_layer(plan, plan_at, control, own, layer, part):
-    parts, rows, width, ff = (
-        control[PARTS],
-        plan[field.BATCH] * plan[field.LENGTH],
-        plan[field.WIDTH_D],
-        plan[field.FEED_FORWARD],
-    )
-    heads, groups, channels = plan[field.HEADS], plan[field.GROUPS], plan[field.CHANNELS]
-    at, eps = field.FIRST_LAYER + layer * field.LAYER_SIZE, doubles_at(plan[field.CONSTANTS], 1)[0]
-    state, normed, total = own + plan[field.STATE], own + plan[field.NORMED], (heads + 2 * groups) * channels
-    first, last = _share(groups, part, parts, 1)
-    each, k_at, v_at = heads // groups * channels, heads * channels, (heads + groups) * channels
-    _norm(normed, state, plan[at + field.NORM_1], width, rows, eps)
-    q, k, v = plan[field.QKV] + 4 * first * each, plan[field.QKV] + 4 * k_at, plan[field.QKV] + 4 * v_at
-    low, high = first * channels, last * channels
-    ready = _product(plan, own, at + field.Q, -1, normed, width, width, first * each, last * each, q, total)
-    ready = _product(plan, own, at + field.K, ready, normed, width, width, low, high, k + 4 * low, total)
-    _product(plan, own, at + field.V, ready, normed, width, width, low, high, v + 4 * low, total)
-    call_attend(plan[field.ATTEND], (plan_at, own, layer, first, last))
-    _meet(control, part)
-    first, last = _share(width, part, parts, 16)
-    branch = plan[field.BRANCH] + 4 * first
-    _product(plan, own, at + field.O, -1, plan[field.ATTENTION], k_at, k_at, first, last, branch, width)
-    _meet(control, part)
-    _add_norm(state, plan[field.BRANCH], plan[at + field.NORM_2], width, rows, eps)
-    _norm(normed, state, plan[at + field.NORM_3], width, rows, eps)
-    low, high = _share(ff, part, parts, 16)
-    gate, up = plan[field.GATE_UP] + 4 * low, plan[field.GATE_UP] + 4 * (ff + low)
-    ready = _product(plan, own, at + field.GATE, -1, normed, width, width, low, high, gate, 2 * ff)
-    _product(plan, own, at + field.UP, ready, normed, width, width, low, high, up, 2 * ff)
-    _swiglu(plan, low, high)
-    _meet(control, part)
-    _product(plan, own, at + field.DOWN, -1, plan[field.GATE_UP], 2 * ff, ff, first, last, branch, width)
-    _meet(control, part)
-    _add_norm(state, plan[field.BRANCH], plan[at + field.NORM_4], width, rows, eps)
-
-
-@Routine
-def work(plan_at, size, control_at, part):
-    """One thread's part of what the plan commands."""
-    plan, control = longs_at(plan_at, size), longs_at(control_at, PLAN)
-    control = longs_at(control_at, FIRST_PART + 8 * control[PARTS])
-    rows, width = plan[field.BATCH] * plan[field.LENGTH], plan[field.WIDTH_D]
-    own = plan[field.OWN] + part * plan[field.OWN_STEP]
+def _outputs(plan, phase):
+    """A phase's product -> where it is in the plan, its outputs, its columns."""
+    width, ff = plan[field.WIDTH_D], plan[field.FEED_FORWARD]
     if plan[field.COMMAND] == field.RUN_HEAD:
-        first, last = _share(plan[field.VOCABULARY], part, control[PARTS], 16)
-        y = plan[field.OUT] + 4 * first
-        _product(plan, own, field.HEAD, -1, plan[field.X], width, width, first, last, y, plan[field.VOCABULARY])
-        _meet(control, part)
-        return 0
-    floats_at(own + plan[field.STATE], rows * width)[:] = floats_at(plan[field.X], rows * width)
-    for layer in range(plan[field.LAYERS]):
-        _run_layer(plan, plan_at, control, own, layer, part)
-    if part == 0:
-        _norm(
-            plan[field.OUT],
-            own + plan[field.STATE],
-            plan[field.NORM],
-            width,
-            rows,
-            doubles_at(plan[field.CONSTANTS], 1)[0],
-        )
-        out, weight = floats_at(plan[field.OUT], rows * width), floats_at(plan[field.GATE_WEIGHT], width)
-        logit, bias = floats_at(plan[field.GATE_LOGIT], rows), floats_at(plan[field.GATE_BIAS], 1)[0]
-        for row in range(rows):
-            line, dot = out[row * width : (row + 1) * width], _ZERO
-            for i in range(width):
-                dot += line[i] * weight[i]
-            logit[row] = dot + bias
-    _meet(control, part)
-    return 0
-
-
-call_work = caller(work)
-
-
-# ---- a team
+        return field.HEAD, plan[field.VOCABULARY], width
+    matrix = field.FIRST_LAYER + phase // PHASES * field.LAYER_SIZE
+    if phase % PHASES == _ATTENDED:
+        return matrix + field.O, width, plan[field.HEADS] * plan[field.CHANNELS]
+    return (matrix + field.GATE, ff, width) if phase % PHASES == _GATE_UP else (matrix + field.DOWN, width, ff)
 
 
 @njit
-def lead(control):
-    """The caller's part of a command."""
-    call_work(control[WORK], (control[PLAN], control[PLAN + 1], control.ctypes.data, 0))
+def phase_count(plan):
+    return 1 if plan[field.COMMAND] == field.RUN_HEAD else PHASES * plan[field.LAYERS]
 
 
 @njit
-def command(plan, control):
-    """Begin what the plan says and, if every helper is awake, do it -> whether it is done (else `lead`)."""
-    control[PLAN], control[PLAN + 1] = plan.ctypes.data, plan.size
-    add_to(control, GO, 1)
-    for part in range(1, control[PARTS]):
-        if look_at(control, FIRST_PART + 8 * part + ASLEEP):
-            return False
-    lead(control)
-    return True
+def item_count(plan, phase, parts):
+    """Into how many items a phase is divided for so many threads."""
+    if plan[field.COMMAND] == field.RUN_LOOP and phase % PHASES == _ATTEND:
+        return plan[field.GROUPS]
+    if parts == 1:
+        return 1
+    matrix, outputs, columns = _outputs(plan, phase)
+    unit = WIDE_UNIT if _rows(plan) > FEW_ROWS else FEW_UNIT
+    most = max(1, outputs * row_bytes(plan[matrix], columns) // ITEM_BYTES)
+    return min((outputs + unit - 1) // unit, max(min(most, MOST_ITEMS * parts), min(parts, most)))
 
 
 @njit
-def help_out(control, part, patience):
-    """Be a helper until no command has come for so many looks."""
-    own = FIRST_PART + 8 * part
-    if look_at(control, own + ASLEEP):
-        add_to(control, own + ASLEEP, -1)
-    while True:
-        number = control[own + SEEN] + 1
-        if not wait_for(control, GO, number, patience):
-            add_to(control, own + ASLEEP, 1)
-            if look_at(control, GO) < number:  # else a command came before the flag was seen
-                return
-            add_to(control, own + ASLEEP, -1)
-        control[own + SEEN] = number
-        call_work(control[WORK], (control[PLAN], control[PLAN + 1], control.ctypes.data, part))
+def run_item(plan, plan_at, own, phase, item, count):
+    """One of a phase's `count` items."""
+    layer, which = phase // PHASES, phase % PHASES
+    at, width, ff = field.FIRST_LAYER + layer * field.LAYER_SIZE, plan[field.WIDTH_D], plan[field.FEED_FORWARD]
+    if plan[field.COMMAND] == field.RUN_LOOP and which == _ATTEND:
+        heads, groups, channels = plan[field.HEADS], plan[field.GROUPS], plan[field.CHANNELS]
+        total, each, x = (heads + 2 * groups) * channels, heads // groups * channels, plan[field.NORMED]
+        low, high, y = item * channels, (item + 1) * channels, plan[field.QKV]
+        k, v = y + 4 * heads * channels, y + 4 * (heads + groups) * channels
+        _product(plan, own, at + field.Q, x, width, width, item * each, (item + 1) * each, y, total)
+        _product(plan, own, at + field.K, x, width, width, low, high, k, total)
+        _product(plan, own, at + field.V, x, width, width, low, high, v, total)
+        call(plan[field.ATTEND], (plan_at, own, layer, item))
+        return
+    matrix, outputs, columns = _outputs(plan, phase)
+    unit = WIDE_UNIT if _rows(plan) > FEW_ROWS else FEW_UNIT
+    units = (outputs + unit - 1) // unit
+    first, last = min(outputs, units * item // count * unit), min(outputs, units * (item + 1) // count * unit)
+    if plan[field.COMMAND] == field.RUN_HEAD:
+        _product(plan, own, matrix, plan[field.X], columns, columns, first, last, plan[field.OUT], outputs)
+    elif which == _ATTENDED:
+        _product(plan, own, matrix, plan[field.ATTENTION], columns, columns, first, last, plan[field.BRANCH], outputs)
+    elif which == _GATE_UP:
+        gate, up = plan[field.GATE_UP], plan[field.GATE_UP] + 4 * ff
+        _product(plan, own, matrix, plan[field.NORMED], columns, columns, first, last, gate, 2 * ff)
+        _product(plan, own, at + field.UP, plan[field.NORMED], columns, columns, first, last, up, 2 * ff)
+        _swiglu(plan, first, last)
+    else:
+        _product(plan, own, matrix, plan[field.GATE_UP], 2 * ff, columns, first, last, plan[field.BRANCH], outputs)
+
+
+@njit
+def _enter(plan, layer):
+    """What the first phase of a layer reads."""
+    at, width = field.FIRST_LAYER + layer * field.LAYER_SIZE, plan[field.WIDTH_D]
+    _norm(plan, plan[field.NORMED], plan[field.STATE], plan[at + field.NORM_1], False)
+    _prepare(plan, at + field.Q, 3, plan[field.NORMED], width, width)
+
+
+@njit
+def begin(plan):
+    """Before the first phase."""
+    if plan[field.COMMAND] == field.RUN_HEAD:
+        _prepare(plan, field.HEAD, 1, plan[field.X], plan[field.WIDTH_D], plan[field.WIDTH_D])
+        return
+    size = _rows(plan) * plan[field.WIDTH_D]
+    state, x = floats_at(plan[field.STATE], size), floats_at(plan[field.X], size)
+    for i in range(size):
+        state[i] = x[i]
+    _enter(plan, 0)
+
+
+@njit
+def after(plan, phase):
+    """When all items of a phase are done."""
+    if plan[field.COMMAND] == field.RUN_HEAD:
+        return
+    layer, which, width, ff = phase // PHASES, phase % PHASES, plan[field.WIDTH_D], plan[field.FEED_FORWARD]
+    at, state, normed = field.FIRST_LAYER + layer * field.LAYER_SIZE, plan[field.STATE], plan[field.NORMED]
+    if which == _ATTEND:
+        columns = plan[field.HEADS] * plan[field.CHANNELS]
+        _prepare(plan, at + field.O, 1, plan[field.ATTENTION], columns, columns)
+    elif which == _ATTENDED:
+        _norm(plan, state, plan[field.BRANCH], plan[at + field.NORM_2], True)
+        _norm(plan, normed, state, plan[at + field.NORM_3], False)
+        _prepare(plan, at + field.GATE, 2, normed, width, width)
+    elif which == _GATE_UP:
+        _prepare(plan, at + field.DOWN, 1, plan[field.GATE_UP], 2 * ff, ff)
+    else:
+        _norm(plan, state, plan[field.BRANCH], plan[at + field.NORM_4], True)
+        if layer + 1 < plan[field.LAYERS]:
+            _enter(plan, layer + 1)
+        else:
+            _read(plan)
+
+
+@njit
+def _read(plan):
+    """The loop's result: the state after the final norm, and what the gate says."""
+    width = plan[field.WIDTH_D]
+    _norm(plan, plan[field.OUT], plan[field.STATE], plan[field.NORM], False)
+    weight, bias = floats_at(plan[field.GATE_WEIGHT], width), floats_at(plan[field.GATE_BIAS], 1)[0]
+    logit = floats_at(plan[field.GATE_LOGIT], _rows(plan))
+    for row in range(_rows(plan)):
+        line, dot = floats_at(plan[field.OUT] + 4 * row * width, width), _ZERO
+        for i in range(width):
+            dot += line[i] * weight[i]
+        logit[row] = dot + bias
