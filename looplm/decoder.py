@@ -9,14 +9,19 @@ from .arrays import Array, Floats, Ints, aligned_empty
 from .cache import KeyValueCache
 from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
+from .kernels.decoding import PHASES
 from .kernels.cached_attention import attend_few, attend_many
-from .kernels.product.stored import FEW_ROWS, multiply, multiply_wide, prepared_size, scratch_size
+from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
+from .kernels.product.widened import multiply_wide
 from .kernels.rope import rope_tables
 from .model_files import EMBEDDING
 from .stored import LAYER_NORMS, LAYER_PARTS, StoredWeights
 from .threads import Team
 
 LINE = 16  # floats in a cache line
+ITEM_BYTES = 1 << 16  # weights that a thread takes at once, at least: some microseconds
+MOST_ITEMS = 8  # of a product, for each thread
+FEW_UNIT, WIDE_UNIT = 16, 256  # outputs are taken in multiples of it, for a few rows and for many
 
 
 class Decoder:
@@ -37,6 +42,7 @@ class Decoder:
         self._point(PLACES=self._places)
         self._set_model()
         self._set_shared_buffers()
+        self._division = [self._divided(wide) for wide in (False, True)]
         self.cache_moved()
 
     def place(self, cache_rows: Ints | int, positions: Ints | int, rows: int = 1) -> None:
@@ -75,9 +81,23 @@ class Decoder:
         return found
 
     def _run(self, rows: int) -> None:
-        if rows > FEW_ROWS:  # not compiled before it is needed
+        wide = rows > FEW_ROWS
+        if wide:  # not compiled before it is needed
             self._plan[field.MULTIPLY_WIDE] = multiply_wide.address
+        loop = self._plan[field.COMMAND] == field.RUN_LOOP
+        self._plan[field.PHASE_COUNT] = PHASES * self._weights.config.num_hidden_layers if loop else 1
+        self._plan[field.UNIT : field.HEAD_ITEMS + 1] = self._division[wide]
         self._team.run(self._plan)
+
+    def _divided(self, wide: bool) -> list[int]:
+        """How many outputs make a unit, and how many items the phases of a layer and the head are divided into."""
+        config, unit, threads = self._weights.config, WIDE_UNIT if wide else FEW_UNIT, self._team.threads
+        matrices = [self._weights.matrices[f"model.layers.0.{LAYER_PARTS[i]}.weight"] for i in (3, 4, 6)]
+        items = []
+        for matrix in (*matrices, self._weights.head):
+            most = max(1, matrix.nbytes // ITEM_BYTES)
+            items.append(min(-(-matrix.shape[0] // unit), MOST_ITEMS * threads, most) if threads > 1 else 1)
+        return [unit, config.num_key_value_heads, *items]
 
     def cache_moved(self) -> None:
         """The cache has other memory than before: point there, and make room for attending to all of it."""

@@ -17,15 +17,10 @@ from .addresses import call, doubles_at, floats_at, longs_at
 from .intrinsics import exp32
 from .jit import Routine, njit
 from .product.stored import FEW_ROWS
-from .product.widened import row_bytes
 from .rmsnorm import row_rrms
 
 PHASES = 4  # of a layer: attention and the products before it, the one after it, gate and up, down
-(_ATTEND, _ATTENDED, _GATE_UP, _DOWN) = range(PHASES)
-ITEM_BYTES = 1 << 16  # weights of an item, at least: some microseconds
-MOST_ITEMS = 8  # for each thread
-FEW_UNIT, WIDE_UNIT = 16, 256  # an item's outputs are a multiple of it
-
+(ATTEND, ATTENDED, GATE_UP, DOWN) = range(PHASES)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -60,19 +55,45 @@ def _prepare(plan, matrix, count, x, x_row, columns):
 
 
 @njit
-def _norm(plan, y, x, weight, add):
-    """y = norm(x), or more by it.  y, x: rows of the model's width."""
+def _norm(plan, y, weight):
+    """y = norm(state)."""
     width, eps = plan[field.WIDTH_D], doubles_at(plan[field.CONSTANTS], 1)[0]
     gain = floats_at(weight, width)
     for row in range(_rows(plan)):
-        line, out = floats_at(x + 4 * row * width, width), floats_at(y + 4 * row * width, width)
+        line, out = floats_at(plan[field.STATE] + 4 * row * width, width), floats_at(y + 4 * row * width, width)
         scale = row_rrms(line, eps)
-        if add:
-            for i in range(width):
-                out[i] = out[i] + line[i] * scale * gain[i]
-        else:
-            for i in range(width):
-                out[i] = line[i] * scale * gain[i]
+        for i in range(width):
+            out[i] = line[i] * scale * gain[i]
+
+
+@njit
+def _add_norm(plan, weight):
+    """state += norm(branch)."""
+    width, eps = plan[field.WIDTH_D], doubles_at(plan[field.CONSTANTS], 1)[0]
+    gain = floats_at(weight, width)
+    for row in range(_rows(plan)):
+        at = 4 * row * width
+        line, out = floats_at(plan[field.BRANCH] + at, width), floats_at(plan[field.STATE] + at, width)
+        scale = row_rrms(line, eps)
+        for i in range(width):
+            out[i] = out[i] + line[i] * scale * gain[i]
+
+
+@njit
+def _begin(plan):
+    """The state starts from x, if there is one (the head only reads)."""
+    size = _rows(plan) * plan[field.WIDTH_D] if plan[field.COMMAND] == field.RUN_LOOP else 0
+    state, x = floats_at(plan[field.STATE], size), floats_at(plan[field.X], size)
+    for i in range(size):
+        state[i] = x[i]
+
+
+@njit
+def _share(plan, outputs, item, count):
+    """The outputs of an item, in whole units."""
+    unit = plan[field.UNIT]
+    units = (outputs + unit - 1) // unit
+    return min(outputs, units * item // count * unit), min(outputs, units * (item + 1) // count * unit)
 
 
 @njit
@@ -90,117 +111,68 @@ def _swiglu(plan, first, last):
 
 
 @njit
-def _outputs(plan, phase):
-    """A phase's product -> where it is in the plan, its outputs, its columns."""
-    width, ff = plan[field.WIDTH_D], plan[field.FEED_FORWARD]
-    if plan[field.COMMAND] == field.RUN_HEAD:
-        return field.HEAD, plan[field.VOCABULARY], width
-    matrix = field.FIRST_LAYER + phase // PHASES * field.LAYER_SIZE
-    if phase % PHASES == _ATTENDED:
-        return matrix + field.O, width, plan[field.HEADS] * plan[field.CHANNELS]
-    return (matrix + field.GATE, ff, width) if phase % PHASES == _GATE_UP else (matrix + field.DOWN, width, ff)
-
-
-@njit
-def phase_count(plan):
-    return 1 if plan[field.COMMAND] == field.RUN_HEAD else PHASES * plan[field.LAYERS]
-
-
-@njit
-def item_count(plan, phase, parts):
-    """Into how many items a phase is divided for so many threads."""
-    if plan[field.COMMAND] == field.RUN_LOOP and phase % PHASES == _ATTEND:
-        return plan[field.GROUPS]
-    if parts == 1:
-        return 1
-    matrix, outputs, columns = _outputs(plan, phase)
-    unit = WIDE_UNIT if _rows(plan) > FEW_ROWS else FEW_UNIT
-    most = max(1, outputs * row_bytes(plan[matrix], columns) // ITEM_BYTES)
-    return min((outputs + unit - 1) // unit, max(min(most, MOST_ITEMS * parts), min(parts, most)))
-
-
-@njit
 def run_item(plan, plan_at, own, phase, item, count):
-    """One of a phase's `count` items."""
-    layer, which = phase // PHASES, phase % PHASES
-    at, width, ff = field.FIRST_LAYER + layer * field.LAYER_SIZE, plan[field.WIDTH_D], plan[field.FEED_FORWARD]
-    if plan[field.COMMAND] == field.RUN_LOOP and which == _ATTEND:
-        heads, groups, channels = plan[field.HEADS], plan[field.GROUPS], plan[field.CHANNELS]
-        total, each, x = (heads + 2 * groups) * channels, heads // groups * channels, plan[field.NORMED]
-        low, high, y = item * channels, (item + 1) * channels, plan[field.QKV]
-        k, v = y + 4 * heads * channels, y + 4 * (heads + groups) * channels
-        _product(plan, own, at + field.Q, x, width, width, item * each, (item + 1) * each, y, total)
-        _product(plan, own, at + field.K, x, width, width, low, high, k, total)
-        _product(plan, own, at + field.V, x, width, width, low, high, v, total)
-        call(plan[field.ATTEND], (plan_at, own, layer, item))
-        return
-    matrix, outputs, columns = _outputs(plan, phase)
-    unit = WIDE_UNIT if _rows(plan) > FEW_ROWS else FEW_UNIT
-    units = (outputs + unit - 1) // unit
-    first, last = min(outputs, units * item // count * unit), min(outputs, units * (item + 1) // count * unit)
-    if plan[field.COMMAND] == field.RUN_HEAD:
-        _product(plan, own, matrix, plan[field.X], columns, columns, first, last, plan[field.OUT], outputs)
-    elif which == _ATTENDED:
-        _product(plan, own, matrix, plan[field.ATTENTION], columns, columns, first, last, plan[field.BRANCH], outputs)
-    elif which == _GATE_UP:
-        gate, up = plan[field.GATE_UP], plan[field.GATE_UP] + 4 * ff
-        _product(plan, own, matrix, plan[field.NORMED], columns, columns, first, last, gate, 2 * ff)
-        _product(plan, own, at + field.UP, plan[field.NORMED], columns, columns, first, last, up, 2 * ff)
+    """One of a phase's `count` items.  Before the first phase there is one: to begin."""
+    width, ff, heads, channels = plan[field.WIDTH_D], plan[field.FEED_FORWARD], plan[field.HEADS], plan[field.CHANNELS]
+    which, at = phase % PHASES, field.FIRST_LAYER + phase // PHASES * field.LAYER_SIZE
+    normed, attention, branch, y = plan[field.NORMED], plan[field.ATTENTION], plan[field.BRANCH], plan[field.GATE_UP]
+    if phase < 0:
+        _begin(plan)
+    elif plan[field.COMMAND] == field.RUN_HEAD:
+        vocabulary = plan[field.VOCABULARY]
+        first, last = _share(plan, vocabulary, item, count)
+        _product(plan, own, field.HEAD, plan[field.X], width, width, first, last, plan[field.OUT], vocabulary)
+    elif which == ATTEND:
+        groups, q = plan[field.GROUPS], plan[field.QKV]
+        k, v = q + 4 * heads * channels, q + 4 * (heads + groups) * channels
+        total, each, low, high = (heads + 2 * groups) * channels, heads // groups * channels, item * channels, (item + 1) * channels
+        _product(plan, own, at + field.Q, normed, width, width, item * each, (item + 1) * each, q, total)
+        _product(plan, own, at + field.K, normed, width, width, low, high, k, total)
+        _product(plan, own, at + field.V, normed, width, width, low, high, v, total)
+        call(plan[field.ATTEND], (plan_at, own, phase // PHASES, item))
+    elif which == ATTENDED:
+        first, last = _share(plan, width, item, count)
+        _product(plan, own, at + field.O, attention, heads * channels, heads * channels, first, last, branch, width)
+    elif which == GATE_UP:
+        first, last = _share(plan, ff, item, count)
+        _product(plan, own, at + field.GATE, normed, width, width, first, last, y, 2 * ff)
+        _product(plan, own, at + field.UP, normed, width, width, first, last, y + 4 * ff, 2 * ff)
         _swiglu(plan, first, last)
     else:
-        _product(plan, own, matrix, plan[field.GATE_UP], 2 * ff, columns, first, last, plan[field.BRANCH], outputs)
+        first, last = _share(plan, width, item, count)
+        _product(plan, own, at + field.DOWN, y, 2 * ff, ff, first, last, branch, width)
 
 
 @njit
-def _enter(plan, layer):
-    """What the first phase of a layer reads."""
-    at, width = field.FIRST_LAYER + layer * field.LAYER_SIZE, plan[field.WIDTH_D]
-    _norm(plan, plan[field.NORMED], plan[field.STATE], plan[at + field.NORM_1], False)
-    _prepare(plan, at + field.Q, 3, plan[field.NORMED], width, width)
-
-
-@njit
-def begin(plan):
-    """Before the first phase."""
-    if plan[field.COMMAND] == field.RUN_HEAD:
-        _prepare(plan, field.HEAD, 1, plan[field.X], plan[field.WIDTH_D], plan[field.WIDTH_D])
-        return
-    size = _rows(plan) * plan[field.WIDTH_D]
-    state, x = floats_at(plan[field.STATE], size), floats_at(plan[field.X], size)
-    for i in range(size):
-        state[i] = x[i]
-    _enter(plan, 0)
-
-
-@njit
-def after(plan, phase):
-    """When all items of a phase are done."""
-    if plan[field.COMMAND] == field.RUN_HEAD:
-        return
-    layer, which, width, ff = phase // PHASES, phase % PHASES, plan[field.WIDTH_D], plan[field.FEED_FORWARD]
-    at, state, normed = field.FIRST_LAYER + layer * field.LAYER_SIZE, plan[field.STATE], plan[field.NORMED]
-    if which == _ATTEND:
-        columns = plan[field.HEADS] * plan[field.CHANNELS]
-        _prepare(plan, at + field.O, 1, plan[field.ATTENTION], columns, columns)
-    elif which == _ATTENDED:
-        _norm(plan, state, plan[field.BRANCH], plan[at + field.NORM_2], True)
-        _norm(plan, normed, state, plan[at + field.NORM_3], False)
-        _prepare(plan, at + field.GATE, 2, normed, width, width)
-    elif which == _GATE_UP:
-        _prepare(plan, at + field.DOWN, 1, plan[field.GATE_UP], 2 * ff, ff)
-    else:
-        _norm(plan, state, plan[field.BRANCH], plan[at + field.NORM_4], True)
-        if layer + 1 < plan[field.LAYERS]:
-            _enter(plan, layer + 1)
+def settle(plan, phase):
+    """What lies between a phase and the next: norms, and x made ready for products.  Before the first, phase is -1."""
+    width, ff, which = plan[field.WIDTH_D], plan[field.FEED_FORWARD], phase % PHASES
+    at, ended = field.FIRST_LAYER + phase // PHASES * field.LAYER_SIZE, phase + 1 == plan[field.PHASE_COUNT]
+    matrix, count, x, x_row, columns = field.HEAD, 1, plan[field.X], width, width
+    if plan[field.COMMAND] == field.RUN_LOOP:
+        if which == ATTEND:
+            columns = plan[field.HEADS] * plan[field.CHANNELS]
+            matrix, x, x_row = at + field.O, plan[field.ATTENTION], columns
+        elif which == GATE_UP:
+            matrix, x, x_row, columns = at + field.DOWN, plan[field.GATE_UP], 2 * ff, ff
         else:
-            _read(plan)
+            if phase >= 0:
+                _add_norm(plan, plan[at + field.NORM_2] if which == ATTENDED else plan[at + field.NORM_4])
+            below = at + field.LAYER_SIZE
+            matrix, count = (at + field.GATE, 2) if which == ATTENDED else (below + field.Q, 3)
+            gain = field.NORM if ended else at + field.NORM_3 if which == ATTENDED else below + field.NORM_1
+            x = plan[field.OUT] if ended else plan[field.NORMED]
+            _norm(plan, x, plan[gain])
+            if ended:
+                _gate(plan)
+    if not ended:
+        _prepare(plan, matrix, count, x, x_row, columns)
 
 
 @njit
-def _read(plan):
-    """The loop's result: the state after the final norm, and what the gate says."""
+def _gate(plan):
+    """What the gate says of the loop's result."""
     width = plan[field.WIDTH_D]
-    _norm(plan, plan[field.OUT], plan[field.STATE], plan[field.NORM], False)
     weight, bias = floats_at(plan[field.GATE_WEIGHT], width), floats_at(plan[field.GATE_BIAS], 1)[0]
     logit = floats_at(plan[field.GATE_LOGIT], _rows(plan))
     for row in range(_rows(plan)):

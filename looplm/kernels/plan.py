@@ -19,7 +19,9 @@ NORM, GATE_WEIGHT, GATE_BIAS, HEAD = 40, 41, 42, 43  # and from HEAD on, a matri
 # Addresses of compiled routines: products of a few rows for each kind of weight, and of many; attention.
 (MULTIPLY, MULTIPLY_WIDE, ATTEND) = (46, 50, 51)
 PREPARED_STEP = 52  # bytes from what is prepared for one kind of weight to the next
-FIRST_LAYER = 56
+# How work is shared: phases of the command; items of each phase of a layer and of the head; outputs come in units.
+(PHASE_COUNT, UNIT, ITEMS, HEAD_ITEMS) = (53, 54, 55, 59)
+FIRST_LAYER = 60
 (NORM_1, NORM_2, NORM_3, NORM_4, Q, K, V, O, GATE, UP, DOWN) = (0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22)  # noqa: E741
 LAYER_SIZE = 25
 

@@ -7,10 +7,10 @@ only then: a thread that wakes late finds nothing, and is not waited for.  The t
 phase opens the next.
 """
 
-from .addresses import add_to, call, longs_at, look_at, swap, wait_a_while, wait_for
-from .decoding import after, begin, item_count, phase_count, run_item
-from .jit import Routine, njit
 from . import plan as field
+from .addresses import add_to, call, longs_at, look_at, swap, wait_a_while, wait_for
+from .decoding import PHASES, run_item, settle
+from .jit import Routine, njit
 
 # A team's control words, those that threads wait at on cache lines of their own: commands begun, commands done, items
 # done of this phase; then what the command is about.
@@ -26,14 +26,12 @@ def _first(control, part):
 
 
 @njit
-def _open(control, plan, phase):
-    """Offer the items of a phase."""
-    control[PHASE] = phase
-    control[ITEMS] = item_count(plan, phase, control[PARTS])
+def _offer(control, phase, count):
+    """So many items of a phase, for whoever comes first."""
+    control[PHASE], control[ITEMS] = phase, count
     for part in range(control[PARTS]):
-        at = FIRST_PART + PART_SIZE * part + LEFT
-        number, count = (control[at] >> _PHASE_BITS) + 1, _first(control, part + 1) - _first(control, part)
-        swap(control, at, control[at], number << _PHASE_BITS | count)
+        some = _first(control, part + 1) - _first(control, part)
+        add_to(control, FIRST_PART + PART_SIZE * part + LEFT, 1 << _PHASE_BITS | some)  # nothing is left of the last
 
 
 @njit
@@ -60,11 +58,12 @@ def _finish(control, plan):
         return
     phase = control[PHASE]
     control[DONE] = 0
-    after(plan, phase)
-    if phase + 1 < phase_count(plan):
-        _open(control, plan, phase + 1)
-    else:
+    settle(plan, phase)
+    if phase + 1 == plan[field.PHASE_COUNT]:
         add_to(control, OVER, 1)
+    else:
+        head = plan[field.COMMAND] == field.RUN_HEAD
+        _offer(control, phase + 1, plan[field.HEAD_ITEMS if head else field.ITEMS + (phase + 1) % PHASES])
 
 
 @Routine
@@ -92,10 +91,8 @@ def command(control_at, plan_at, size):
     """Begin what the plan says and, if every helper is awake, do it -> 1, or 0 if helpers must be woken first."""
     control = longs_at(control_at, PLAN)
     control = longs_at(control_at, FIRST_PART + PART_SIZE * control[PARTS])
-    plan = longs_at(plan_at, size)
     control[PLAN], control[PLAN + 1] = plan_at, size
-    begin(plan)
-    _open(control, plan, 0)
+    _offer(control, -1, 1)
     number = add_to(control, GO, 1)
     for part in range(1, control[PARTS]):
         if look_at(control, FIRST_PART + PART_SIZE * part + ASLEEP):

@@ -6,12 +6,12 @@ on the other rows, nor on which rows of the weight are asked for together.
 
 import numpy as np
 
-from ..addresses import call, floats_at, shorts_at
+from ..addresses import floats_at, shorts_at
 from ..intrinsics import round32
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, TOGETHER, stream
+from ..streams import BFLOAT16, BLOCK, INT4, INT8, TOGETHER, stream
 from ..vectors import WIDTH
-from .widened import group_size, multiply_wide, padded, row_bytes, wide_scratch_size
+from .widened import padded, wide_scratch_size
 
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
 
@@ -22,20 +22,12 @@ _ZERO, _MOST = np.float32(0.0), np.float32(32767.0)
 
 
 @njit
-def _prepare(kind, into, step, x, x_step, rows, columns):
-    """Rows of x in the form that weights of this kind are multiplied with.  Steps in bytes."""
-    for row in range(rows):
-        line, at = floats_at(x + row * x_step, columns), into + row * step
-        if kind == FLOAT32:
-            whole = floats_at(at, columns + WIDTH)
-            for i in range(columns):
-                whole[i] = line[i]
-            for i in range(columns, columns + WIDTH):
-                whole[i] = _ZERO
-        elif kind == BFLOAT16:
-            _sort_columns(at, line, columns)
-        else:
-            _round_columns(kind, at, line, columns)
+def _copy_columns(at, line, columns):
+    whole = floats_at(at, columns + WIDTH)
+    for i in range(columns):
+        whole[i] = line[i]
+    for i in range(columns, columns + WIDTH):
+        whole[i] = _ZERO
 
 
 @njit
@@ -55,9 +47,9 @@ def _sort_columns(at, line, columns):
 
 
 @njit
-def _round_columns(kind, at, line, columns):
+def _round_columns(group, at, line, columns):
     """Integers of 16 bits, and the scale of each group."""
-    stored, group = padded(columns), group_size(kind)
+    stored = padded(columns)
     groups = stored // group
     codes, scales = shorts_at(at, stored), floats_at(at + 2 * stored, groups)
     for g in range(groups):
@@ -79,7 +71,8 @@ def _round_columns(kind, at, line, columns):
 
 
 def _multiply(kind: int) -> Routine:
-    """The routine of a format: a number in its closure, so that the other formats are not compiled."""
+    """The routine of a format: numbers in its closure, so that what the other formats need is not compiled."""
+    bits, integers, group = (32, 16, 8, 4)[kind], kind in (INT8, INT4), 64 if kind == INT8 else 32
 
     def multiply(codes, scales, columns, first, last, x, x_row, rows, y, y_row, prepared, scratch):
         """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats.
@@ -88,13 +81,19 @@ def _multiply(kind: int) -> Routine:
         read side by side lie far apart, each followed by its neighbour in the next turn: so many long streams are what
         processors fetch ahead of (rows next to each other ran at half the speed of memory).
         """
-        step = prepared_bytes(columns)
-        if x:
-            _prepare(kind, prepared, step, x, 4 * x_row, rows, columns)
-        row, apart, s_step, stored = row_bytes(kind, columns), (last - first + BLOCK - 1) // BLOCK, 0, columns
-        if kind > BFLOAT16:
+        stored, s_step = columns, 0
+        if integers:
             stored = padded(columns)
-            s_step = 2 * (stored // group_size(kind))
+            s_step = 2 * (stored // group)
+        row, step, apart = (stored * bits) // 8, 4 * (padded(columns) + 16), (last - first + BLOCK - 1) // BLOCK
+        for m in range(rows if x else 0):
+            at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
+            if integers:
+                _round_columns(group, at, line, columns)
+            elif kind == BFLOAT16:
+                _sort_columns(at, line, columns)
+            else:
+                _copy_columns(at, line, columns)
         w_step, y_step, y_gap = apart * row, 4 * y_row, 4 * apart
         for n in range(apart):
             count = (last - first - n + apart - 1) // apart
@@ -113,12 +112,6 @@ def _multiply(kind: int) -> Routine:
 multiply = tuple(_multiply(kind) for kind in range(4))
 
 
-@njit
-def prepared_bytes(columns):
-    """Of a prepared row, in any format."""
-    return 4 * (padded(columns) + 16)
-
-
 def scratch_size(columns: int) -> int:
     """Floats of scratch that a product needs, of few rows or of many, for weights of up to so many columns."""
     return max(TOGETHER * BLOCK * (columns // 32 + 2), wide_scratch_size(columns))
@@ -127,19 +120,3 @@ def scratch_size(columns: int) -> int:
 def prepared_size(columns: int) -> int:
     """Floats that FEW_ROWS prepared rows take, in any format, of up to so many columns."""
     return FEW_ROWS * (columns + 80)
-
-
-def routine_for(kind: int, rows: int) -> int:
-    """The address to call for so many rows."""
-    return multiply[kind].address if rows <= FEW_ROWS else multiply_wide.address
-
-
-@njit
-def multiply_into(routine, y, x, kind, codes, scales, first, last, prepared, scratch):
-    """Columns first to last of y: MN, from x: MK and a stored matrix N x K, of which codes and scales are addresses."""
-    rows, columns = x.shape
-    out, at, own, ready = y.ctypes.data + 4 * first, x.ctypes.data, scratch.ctypes.data, prepared.ctypes.data
-    if rows > FEW_ROWS:
-        call(routine, (kind, codes, scales, columns, first, last, at, columns, rows, out, y.shape[1], own))
-    else:
-        call(routine, (codes, scales, columns, first, last, at, columns, rows, out, y.shape[1], ready, own))
