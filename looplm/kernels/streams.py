@@ -25,7 +25,8 @@ from .vectors import WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 BLOCK = 4  # weight rows that are read side by side
-TOGETHER = 4 if WIDTH == 16 else 2  # rows of x that are multiplied with each of them: what registers there are
+# Rows of x that are multiplied with each of them, for each kind: what registers there are.
+TOGETHER = (4, 4, 2, 2) if WIDTH == 16 else (2, 2, 2, 2)
 CHANNEL_BLOCK = 32  # channels of values that are summed at once
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -37,7 +38,7 @@ _GROUPS = {INT8: 1, INT4: 2}  # scales of a block of columns
 _WHOLE_LINES = "avx512vnni" in features()  # 16-bit integers are multiplied 32 at a time, else 16
 _LANES = 16 if _WHOLE_LINES else 8  # sums of codes at once
 _CODES = 2 * _LANES
-_SCALES = 8  # scales that are multiplied at once
+RUN = 32  # blocks of columns whose scales are multiplied ahead
 _STEPPED = 16.0  # int4, whole lines: codes of the upper lanes stay four bits up, worth so much more
 
 
@@ -200,15 +201,22 @@ def _emit_scales(builder, places, weights, lines, groups):
                 into = builder.inttoptr(builder.add(places[i, j], offset), right.type.as_pointer())
                 builder.store(builder.fmul(right, scale), into).align = 4
 
-    with builder.if_else(builder.icmp_signed(">=", groups, _I64(_SCALES))) as (many, few):
-        with many:  # the last eight overlap those before: nothing is read beyond the end
-            last = builder.sub(groups, _I64(_SCALES))
-            count = builder.udiv(builder.add(groups, _I64(_SCALES - 1)), _I64(_SCALES))
-            with cgutils.for_range(builder, count, intp=_I64) as loop:
-                first = builder.mul(loop.index, _I64(_SCALES))
-                multiply(builder.select(builder.icmp_signed("<", first, last), first, last), _SCALES)
-        with few, cgutils.for_range(builder, groups, intp=_I64) as loop:
-            multiply(loop.index, 1)
+    def several(number):
+        """So many at a time; the last ones overlap those before, since nothing may be read beyond the end."""
+        last = builder.sub(groups, _I64(number))
+        count = builder.udiv(builder.add(groups, _I64(number - 1)), _I64(number))
+        with cgutils.for_range(builder, count, intp=_I64) as loop:
+            first = builder.mul(loop.index, _I64(number))
+            multiply(builder.select(builder.icmp_signed("<", first, last), first, last), number)
+
+    with builder.if_else(builder.icmp_signed(">=", groups, _I64(8))) as (many, few):
+        with many:
+            several(8)
+        with few, builder.if_else(builder.icmp_signed(">=", groups, _I64(4))) as (some, one):
+            with some:
+                several(4)
+            with one:
+                several(1)
 
 
 def _emit_stream(kind, together, context, builder, values):
@@ -225,21 +233,33 @@ def _emit_stream(kind, together, context, builder, values):
             found.append(builder.add(start, builder.mul(step, builder.select(inside, _I64(i), last))))
         return found
 
-    weights, lines, scales = rows(w, w_step, w_count, BLOCK), rows(x, x_step, x_count, together), {}
+    weights, lines = rows(w, w_step, w_count, BLOCK), rows(x, x_step, x_count, together)
     whole = builder.udiv(columns, _I64(_COLUMNS[kind]))
+
+    def multiply(block, scales):
+        here = [builder.add(weight, builder.mul(block, _I64(_BYTES[kind]))) for weight in weights]
+        there = [builder.add(line, builder.mul(block, _I64(_X_BYTES[kind]))) for line in lines]
+        _STEPS[kind](builder, sums, here, there, scales)
+
     if integers:
-        groups = builder.mul(whole, _I64(_GROUPS[kind]))
-        apart = builder.mul(groups, _I64(4))
-        scales = {(i, j): builder.add(products, builder.mul(apart, _I64(i * BLOCK + j))) for i, j in pairs}
-        own = [builder.add(line, builder.mul(columns, _I64(2))) for line in lines]
-        _emit_scales(builder, scales, rows(s, s_step, w_count, BLOCK), own, groups)
-    with cgutils.for_range(builder, whole, intp=_I64) as loop:
-        here = [builder.add(weight, builder.mul(loop.index, _I64(_BYTES[kind]))) for weight in weights]
-        there = [builder.add(line, builder.mul(loop.index, _I64(_X_BYTES[kind]))) for line in lines]
-        offset = builder.mul(loop.index, _I64(4 * _GROUPS.get(kind, 0)))
-        of_block = {pair: builder.add(scale, offset) for pair, scale in scales.items()}
-        _STEPS[kind](builder, sums, here, there, of_block)
-    if not integers:
+        size = _GROUPS[kind]
+        own, theirs = [builder.add(line, builder.mul(columns, _I64(2))) for line in lines], rows(s, s_step, w_count, BLOCK)
+        places = {(i, j): _plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
+        runs = builder.udiv(builder.add(whole, _I64(RUN - 1)), _I64(RUN))
+        with cgutils.for_range(builder, runs, intp=_I64) as run:
+            first = builder.mul(run.index, _I64(RUN))
+            rest, at = builder.sub(whole, first), builder.mul(first, _I64(size))
+            count = builder.select(builder.icmp_signed("<", rest, _I64(RUN)), rest, _I64(RUN))
+            left = [builder.add(scale, builder.mul(at, _I64(2))) for scale in theirs]
+            right = [builder.add(scale, builder.mul(at, _I64(4))) for scale in own]
+            _emit_scales(builder, places, left, right, builder.mul(count, _I64(size)))
+            with cgutils.for_range(builder, count, intp=_I64) as loop:
+                offset = builder.add(products, builder.mul(loop.index, _I64(4 * size)))
+                scales = {(i, j): _plus(builder, offset, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
+                multiply(builder.add(first, loop.index), scales)
+    else:
+        with cgutils.for_range(builder, whole, intp=_I64) as loop:
+            multiply(loop.index, {})
         _emit_rest(kind, builder, sums, weights, lines, whole, columns)
     stepped = kind == INT4 and _WHOLE_LINES
     worth = ir.Constant(_vector(_F32, 16), [1.0] * 8 + [1 / _STEPPED] * 8) if stepped else None
@@ -273,7 +293,7 @@ def _stream(typing_context, kind, together, w, w_step, w_count, x, x_step, x_cou
 
     Steps are bytes from row to row; y_gap is that from j to j + 1.  Only the first x_count and w_count rows count.
     x is as product/stored.py prepares it.  For integers s holds the scales of weight rows, columns are whole groups,
-    and `products` is room for together * BLOCK rows of scales.
+    and `products` is room for `PRODUCTS` floats.
     """
     numbers = kind.literal_value, together.literal_value
 
@@ -368,5 +388,6 @@ def _weighted_plain(kind, v, v_step, weight, keys, out):
             total += factor * wide.view(np.float32)
 
 
+PRODUCTS = 2 * RUN * max(TOGETHER) * BLOCK  # scales that are multiplied ahead, at most
 stream = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
 weighted = _weighted_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_weighted)

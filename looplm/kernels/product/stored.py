@@ -9,7 +9,7 @@ import numpy as np
 from ..addresses import floats_at, shorts_at
 from ..intrinsics import round32
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, INT4, INT8, TOGETHER, stream
+from ..streams import BFLOAT16, BLOCK, INT4, INT8, PRODUCTS, TOGETHER, stream
 from ..vectors import WIDTH
 from .widened import padded, wide_scratch_size
 
@@ -73,6 +73,7 @@ def _round_columns(group, at, line, columns):
 def _multiply(kind: int) -> Routine:
     """The routine of a format: numbers in its closure, so that what the other formats need is not compiled."""
     bits, integers, group = (32, 16, 8, 4)[kind], kind in (INT8, INT4), 64 if kind == INT8 else 32
+    together = TOGETHER[kind]
 
     def multiply(codes, scales, columns, first, last, x, x_row, rows, y, y_row, prepared, scratch):
         """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats.
@@ -98,10 +99,10 @@ def _multiply(kind: int) -> Routine:
         for n in range(apart):
             count = (last - first - n + apart - 1) // apart
             w, s, out = codes + (first + n) * row, scales + (first + n) * s_step, y + 4 * n
-            for m in range(0, rows - 1, TOGETHER):
-                at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
-                stream(kind, TOGETHER, w, w_step, count, at, step, several, s, apart * s_step, scratch, into, y_step, y_gap, stored)
-            if rows % TOGETHER == 1:
+            for m in range(0, rows - 1, together):
+                at, into, several = prepared + m * step, out + m * y_step, min(together, rows - m)
+                stream(kind, together, w, w_step, count, at, step, several, s, apart * s_step, scratch, into, y_step, y_gap, stored)
+            if rows % together == 1:
                 at, into = prepared + (rows - 1) * step, out + (rows - 1) * y_step
                 stream(kind, 1, w, w_step, count, at, step, 1, s, apart * s_step, scratch, into, y_step, y_gap, stored)
         return 0
@@ -114,7 +115,7 @@ multiply = tuple(_multiply(kind) for kind in range(4))
 
 def scratch_size(columns: int) -> int:
     """Floats of scratch that a product needs, of few rows or of many, for weights of up to so many columns."""
-    return max(TOGETHER * BLOCK * (columns // 32 + 2), wide_scratch_size(columns))
+    return max(PRODUCTS, wide_scratch_size(columns))
 
 
 def prepared_size(columns: int) -> int:
