@@ -9,8 +9,8 @@ from .arrays import Array, Floats, Ints, aligned_empty
 from .cache import KeyValueCache
 from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
-from .kernels.decoding import PHASES
 from .kernels.cached_attention import attend_few, attend_many
+from .kernels.decoding import PHASES
 from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
 from .kernels.product.widened import multiply_wide
 from .kernels.rope import rope_tables

@@ -23,7 +23,7 @@ _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
 def _array_at(kind, dtype):
-    """at(address, count): a contiguous array of the memory there.  Spelled out: `carray` takes far longer to compile."""
+    """at(address, count): a contiguous array of the memory there.  Spelled out: `carray` compiles far more slowly."""
 
     def typed(typing_context, address, count):
         array = types.Array(kind, 1, "C")
@@ -51,8 +51,7 @@ words_at, shorts_at = _array_at(types.uint16, np.uint16), _array_at(types.int16,
 signed_bytes_at, longs_at = _array_at(types.int8, np.int8), _array_at(types.int64, np.int64)
 
 
-@intrinsic
-def call(typing_context, address, arguments):
+def _call(typing_context, address, arguments):
     """A routine (kernels/jit.py), by its address and a tuple of its arguments -> int64."""
 
     def emit(context, builder, signature, values):
@@ -93,6 +92,7 @@ def _look_at(typing_context, array, at):
     return types.int64(array, types.intp), emit
 
 
+call: Any = intrinsic(_call)
 add_to: Any = intrinsic(_add_to)
 look_at: Any = intrinsic(_look_at)
 swap: Any = intrinsic(_swap)

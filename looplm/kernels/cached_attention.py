@@ -1,4 +1,4 @@
-"""Attention over the key/value cache: new positions turned, appended, and attended to, one key/value group at a time."""
+"""Attention over the key/value cache: new positions turned, appended and attended to, one key/value group at a time."""
 
 import numpy as np
 
@@ -130,13 +130,10 @@ attend_few = {kind: _attend_few(kind) for kind in (FLOAT32, BFLOAT16)}
 def _attend_block(plan, own, slot, block, b, g, filled):
     """All query heads of a group, all new positions of a block, through register tiles."""
     kind, channels, length, heads = plan[field.CACHE_KIND], plan[field.CHANNELS], plan[field.LENGTH], plan[field.HEADS]
-    per_group, total, keys = (
-        heads // plan[field.GROUPS],
-        heads + 2 * plan[field.GROUPS],
-        filled + plan[field.LENGTH],
-    )
+    groups = plan[field.GROUPS]
+    per_group, total, keys = heads // groups, heads + 2 * groups, filled + length
     size = (4 if kind == FLOAT32 else 2) * channels
-    place = ((slot * plan[field.CACHE_BATCH] + b) * plan[field.GROUPS] + g) * plan[field.CAPACITY]
+    place = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY]
     key_floats, value_floats = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size
     buffer, used = own + plan[field.SCORES], 0
     if kind == BFLOAT16:

@@ -13,9 +13,9 @@ Everything is described by a plan: a table of numbers and addresses.  Keys and v
 import numpy as np
 
 from . import plan as field
-from .addresses import call, doubles_at, floats_at, longs_at
+from .addresses import call, doubles_at, floats_at
 from .intrinsics import exp32
-from .jit import Routine, njit
+from .jit import njit
 from .product.stored import FEW_ROWS
 from .rmsnorm import row_rrms
 
@@ -125,7 +125,12 @@ def run_item(plan, plan_at, own, phase, item, count):
     elif which == ATTEND:
         groups, q = plan[field.GROUPS], plan[field.QKV]
         k, v = q + 4 * heads * channels, q + 4 * (heads + groups) * channels
-        total, each, low, high = (heads + 2 * groups) * channels, heads // groups * channels, item * channels, (item + 1) * channels
+        total, each, low, high = (
+            (heads + 2 * groups) * channels,
+            heads // groups * channels,
+            item * channels,
+            (item + 1) * channels,
+        )
         _product(plan, own, at + field.Q, normed, width, width, item * each, (item + 1) * each, q, total)
         _product(plan, own, at + field.K, normed, width, width, low, high, k, total)
         _product(plan, own, at + field.V, normed, width, width, low, high, v, total)

@@ -13,14 +13,16 @@ Memory is given by address, in bytes; nothing is checked.  Uncompiled (NUMBA_DIS
 of everything here.
 """
 
+from typing import Any
+
 import llvmlite.ir as ir
-import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .addresses import floats_at, shorts_at, signed_bytes_at, words_at
+from .addresses import floats_at
 from .jit import JIT_DISABLED, features
+from .plain_streams import DOTS, FLOATS
 from .vectors import WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
@@ -243,7 +245,10 @@ def _emit_stream(kind, together, context, builder, values):
 
     if integers:
         size = _GROUPS[kind]
-        own, theirs = [builder.add(line, builder.mul(columns, _I64(2))) for line in lines], rows(s, s_step, w_count, BLOCK)
+        own, theirs = (
+            [builder.add(line, builder.mul(columns, _I64(2))) for line in lines],
+            rows(s, s_step, w_count, BLOCK),
+        )
         places = {(i, j): _plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
         runs = builder.udiv(builder.add(whole, _I64(RUN - 1)), _I64(RUN))
         with cgutils.for_range(builder, runs, intp=_I64) as run:
@@ -288,7 +293,24 @@ def _emit_rest(kind, builder, sums, weights, lines, whole, columns):
         _STEPS[kind](builder, sums, places, there, {})
 
 
-def _stream(typing_context, kind, together, w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns):
+def _stream(
+    typing_context,
+    kind,
+    together,
+    w,
+    w_step,
+    w_count,
+    x,
+    x_step,
+    x_count,
+    s,
+    s_step,
+    products,
+    y,
+    y_step,
+    y_gap,
+    columns,
+):
     """stream(...): y[i, j] = x[i] . w[j] for rows of x up to `together` and BLOCK weight rows, stored as `kind` says.
 
     Steps are bytes from row to row; y_gap is that from j to j + 1.  Only the first x_count and w_count rows count.
@@ -303,42 +325,13 @@ def _stream(typing_context, kind, together, w, w_step, w_count, x, x_step, x_cou
     return types.void(kind, together, *[types.intp] * 13), emit
 
 
-def _stream_plain(kind, together, w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns):
+def _stream_plain(
+    kind, together, w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns
+):
     for i in range(x_count):
         for j in range(w_count):
-            total = _DOTS[kind](w + j * w_step, x + i * x_step, s + j * s_step, columns)
+            total = DOTS[kind](w + j * w_step, x + i * x_step, s + j * s_step, columns)
             floats_at(y + i * y_step + j * y_gap, 1)[0] = total
-
-
-def _dot_float32(w, x, scales, columns):
-    return floats_at(w, columns) @ floats_at(x, columns)
-
-
-def _dot_bfloat16(w, x, scales, columns):
-    weight = (words_at(w, columns).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    blocks = -(-columns // (2 * WIDTH))
-    sorted_x = floats_at(x, 2 * WIDTH * blocks).reshape(blocks, 2, WIDTH)
-    return weight @ sorted_x.transpose(0, 2, 1).reshape(-1)[:columns]
-
-
-def _scales(x, scales, columns, group):
-    count = columns // group
-    return floats_at(x + 2 * columns, count) * (words_at(scales, count).astype(np.uint32) << np.uint32(16)).view(np.float32)
-
-
-def _dot_int8(w, x, scales, columns):
-    products = signed_bytes_at(w, columns).astype(np.int32) * shorts_at(x, columns)
-    return products.reshape(-1, 64).sum(axis=1).astype(np.float32) @ _scales(x, scales, columns, 64)
-
-
-def _dot_int4(w, x, scales, columns):
-    words = words_at(w, columns // 4).reshape(-1, 1, 16)
-    codes = ((words >> np.arange(0, 16, 4, dtype=np.uint16)[:, None]) & np.uint16(15)).astype(np.int32) - 8
-    sums = (codes.reshape(-1) * shorts_at(x, columns)).reshape(-1, 32).sum(axis=1)
-    return sums.astype(np.float32) @ _scales(x, scales, columns, 32)
-
-
-_DOTS = {FLOAT32: _dot_float32, BFLOAT16: _dot_bfloat16, INT8: _dot_int8, INT4: _dot_int4}
 
 
 def _emit_weighted(kind, context, builder, values):
@@ -381,13 +374,9 @@ def _weighted_plain(kind, v, v_step, weight, keys, out):
     total = floats_at(out, CHANNEL_BLOCK)
     total[:] = 0.0
     for j, factor in enumerate(floats_at(weight, keys)):
-        if kind == FLOAT32:
-            total += factor * floats_at(v + j * v_step, CHANNEL_BLOCK)
-        else:
-            wide = words_at(v + j * v_step, CHANNEL_BLOCK).astype(np.uint32) << np.uint32(16)
-            total += factor * wide.view(np.float32)
+        total += factor * FLOATS[kind](v + j * v_step, CHANNEL_BLOCK)
 
 
 PRODUCTS = 2 * RUN * max(TOGETHER) * BLOCK  # scales that are multiplied ahead, at most
-stream = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
-weighted = _weighted_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_weighted)
+stream: Any = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
+weighted: Any = _weighted_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_weighted)

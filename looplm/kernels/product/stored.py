@@ -101,7 +101,23 @@ def _multiply(kind: int) -> Routine:
             w, s, out = codes + (first + n) * row, scales + (first + n) * s_step, y + 4 * n
             for m in range(0, rows - 1, together):
                 at, into, several = prepared + m * step, out + m * y_step, min(together, rows - m)
-                stream(kind, together, w, w_step, count, at, step, several, s, apart * s_step, scratch, into, y_step, y_gap, stored)
+                stream(
+                    kind,
+                    together,
+                    w,
+                    w_step,
+                    count,
+                    at,
+                    step,
+                    several,
+                    s,
+                    apart * s_step,
+                    scratch,
+                    into,
+                    y_step,
+                    y_gap,
+                    stored,
+                )
             if rows % together == 1:
                 at, into = prepared + (rows - 1) * step, out + (rows - 1) * y_step
                 stream(kind, 1, w, w_step, count, at, step, 1, s, apart * s_step, scratch, into, y_step, y_gap, stored)

@@ -123,7 +123,7 @@ def _tiled(kind, codes, scales, columns, first, last, x, x_row, rows, y, y_row, 
 
 @Routine
 def multiply_wide(kind, codes, scales, columns, first, last, x, x_row, rows, y, y_row, scratch):
-    """Rows first to last of a stored matrix times rows of x; y: address of the first output.  Rows of x, y in floats."""
+    """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats."""
     size = PANEL_BLOCK * TILE_COLUMNS * columns
     panels, lines = floats_at(scratch, size), floats_at(scratch + 4 * size, 8 * columns)
     edge = floats_at(scratch + 4 * (size + 8 * columns), WIDE_BLOCK * TILE_COLUMNS)
