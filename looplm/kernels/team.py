@@ -54,7 +54,8 @@ def _take(control, part):
 @njit
 def _finish(control, plan):
     """An item is done; the last one opens the next phase, or ends the command."""
-    if add_to(control, DONE, 1) < control[ITEMS]:
+    items = control[ITEMS]  # after the last one is done it may be the next phase's
+    if add_to(control, DONE, 1) < items:
         return
     phase = control[PHASE]
     control[DONE] = 0
