@@ -9,13 +9,19 @@ from .arrays import Array, Floats, Ints, aligned_empty
 from .cache import KeyValueCache
 from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
-from .kernels.cached_attention import attend
-from .kernels.product.stored import multiply, scratch_size
+from .kernels.cached_attention import attend_few, attend_many
+from .kernels.decoding import PHASES
+from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
+from .kernels.product.widened import multiply_wide
 from .kernels.rope import rope_tables
+from .model_files import EMBEDDING
 from .stored import LAYER_NORMS, LAYER_PARTS, StoredWeights
 from .threads import Team
 
 LINE = 16  # floats in a cache line
+ITEM_BYTES = 1 << 16  # weights that a thread takes at once, at least: some microseconds
+MOST_ITEMS = 8  # of a product, for each thread
+FEW_UNIT, WIDE_UNIT = 16, 256  # outputs are taken in multiples of it, for a few rows and for many
 
 
 class Decoder:
@@ -36,6 +42,7 @@ class Decoder:
         self._point(PLACES=self._places)
         self._set_model()
         self._set_shared_buffers()
+        self._division = [self._divided(wide) for wide in (False, True)]
         self.cache_moved()
 
     def place(self, cache_rows: Ints | int, positions: Ints | int, rows: int = 1) -> None:
@@ -48,8 +55,10 @@ class Decoder:
         Blocks of more than FEW_ROWS rows must be consecutive positions of one row of the cache.
         """
         self._places[: batch * length, field.ROW_SLOT] = self._cache.first_slot(r)
+        attend = attend_many if length > FEW_ROWS else attend_few[self._cache.kind]
+        self._plan[field.ATTEND] = attend.address
         self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, batch, length, *self._of_loop[r])
-        self._team.run(self._plan)
+        self._run(batch * length)
 
     def run_rows(self, loops: Ints, x: Floats, out: Floats, gate_logit: Floats) -> None:
         """One loop of a few rows (at most FEW_ROWS), each its own: loops[m] of row m, counted from 0.
@@ -59,16 +68,36 @@ class Decoder:
         """
         self._places[: len(loops), field.ROW_SLOT] = self._cache.first_slot(loops)
         at = (x.ctypes.data, out.ctypes.data, gate_logit.ctypes.data)
+        self._plan[field.ATTEND] = attend_few[self._cache.kind].address
         self._plan[: field.GATE_LOGIT + 1] = (field.RUN_LOOP, len(loops), 1, *at)
-        self._team.run(self._plan)
+        self._run(len(loops))
 
     def logits(self, states: Floats) -> Floats:
         """states: MD (at most `rows`) -> MV"""
         states = np.ascontiguousarray(states)
         found = aligned_empty((len(states), self._weights.config.vocab_size))
         self._plan[: field.OUT + 1] = (field.RUN_HEAD, len(states), 1, states.ctypes.data, found.ctypes.data)
-        self._team.run(self._plan)
+        self._run(len(states))
         return found
+
+    def _run(self, rows: int) -> None:
+        wide = rows > FEW_ROWS
+        if wide:  # not compiled before it is needed
+            self._plan[field.MULTIPLY_WIDE] = multiply_wide.address
+        loop = self._plan[field.COMMAND] == field.RUN_LOOP
+        self._plan[field.PHASE_COUNT] = PHASES * self._weights.config.num_hidden_layers if loop else 1
+        self._plan[field.UNIT : field.HEAD_ITEMS + 1] = self._division[wide]
+        self._team.run(self._plan)
+
+    def _divided(self, wide: bool) -> list[int]:
+        """How many outputs make a unit, and how many items the phases of a layer and the head are divided into."""
+        config, unit, threads = self._weights.config, WIDE_UNIT if wide else FEW_UNIT, self._team.threads
+        matrices = [self._weights.matrices[f"model.layers.0.{LAYER_PARTS[i]}.weight"] for i in (3, 4, 6)]
+        items = []
+        for matrix in (*matrices, self._weights.head):
+            most = max(1, matrix.nbytes // ITEM_BYTES)
+            items.append(min(-(-matrix.shape[0] // unit), MOST_ITEMS * threads, most) if threads > 1 else 1)
+        return [unit, config.num_key_value_heads, *items]
 
     def cache_moved(self) -> None:
         """The cache has other memory than before: point there, and make room for attending to all of it."""
@@ -96,9 +125,10 @@ class Decoder:
             FEED_FORWARD=config.intermediate_size,
             LAYERS=config.num_hidden_layers,
             VOCABULARY=config.vocab_size,
-            MULTIPLY=multiply.address,
-            ATTEND=attend.address,
         )
+        kinds = {self._cache.kind, *(matrix.plan[0] for name, matrix in weights.matrices.items() if name != EMBEDDING)}
+        for kind in kinds | {weights.head.plan[0]}:
+            self._plan[field.MULTIPLY + kind] = multiply[kind].address
         self._point(
             NORM=weights.norm, GATE_WEIGHT=weights.gate_weight, GATE_BIAS=weights.gate_bias, CONSTANTS=self._constants
         )
@@ -116,25 +146,29 @@ class Decoder:
         query, key_value = (
             heads * config.head_dim for heads in (config.num_attention_heads, config.num_key_value_heads)
         )
+        longest = max(config.hidden_size, config.intermediate_size, query)
         self._shared = {
+            "STATE": aligned_empty((rows, config.hidden_size)),
+            "NORMED": aligned_empty((rows, config.hidden_size)),
+            "PREPARED": aligned_empty((len(multiply), prepared_size(longest))),
             "QKV": aligned_empty((rows, query + 2 * key_value)),
             "ATTENTION": aligned_empty((rows, query)),
             "BRANCH": aligned_empty((rows, config.hidden_size)),
             "GATE_UP": aligned_empty((rows, 2 * config.intermediate_size)),
         }
         self._point(**self._shared)
+        self._set(PREPARED_STEP=self._shared["PREPARED"].strides[0])
 
     def _set_own_buffers(self, keys: int) -> None:
         """One after the other, for each thread."""
         config, rows = self._weights.config, self._rows
-        width, channels = config.hidden_size, config.head_dim
+        channels = config.head_dim
         per_group = config.num_attention_heads // config.num_key_value_heads
-        longest = max(width, config.intermediate_size, config.num_attention_heads * channels)
+        longest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * channels)
         scores = max(per_group * keys, forward_buffer_size(keys, channels) + 2 * keys * channels)
         sizes = {
-            "STATE": rows * width,
-            "NORMED": rows * width,
             "SCRATCH": scratch_size(longest),
+            "QUERIES": per_group * (channels + 80),
             "SCORES": scores,
             "LSE": rows * per_group,
         }

@@ -13,11 +13,12 @@ import numpy as np
 from .arrays import Array, Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .errors import CheckpointError
-from .kernels.product.stored import multiply, multiply_into, scratch_size, widen_row
+from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
+from .kernels.product.widened import multiply_wide, widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
 from .quantization import Quantization, Quantized, quantize_matrix, scale_name
-from .safetensors_file import round_to_bfloat16
+from .safetensors_file import round_to_bfloat16, widen_bfloat16
 from .threads import run_all, shards
 from .weights import Weights, parameter_table
 
@@ -62,6 +63,10 @@ class StoredMatrix:
 
     def rows(self, numbers: Ints) -> Floats:
         """Some rows as float32.  numbers: any shape -> shape x K"""
+        if self.format == "float32":
+            return self.codes[numbers]
+        if self.format == "bfloat16":
+            return widen_bfloat16(self.codes[numbers])
         kind, codes, scales = self.plan
         found = np.empty((numbers.size, self.shape[1]), np.float32)
         for row, n in zip(found, numbers.reshape(-1), strict=True):
@@ -70,11 +75,17 @@ class StoredMatrix:
 
     def multiply(self, x: Floats, threads: int = 1) -> Floats:
         """x times the transpose.  x: MK (contiguous) -> y: MN"""
-        y = np.empty((len(x), self.shape[0]), np.float32)
+        (kind, *at), (rows, columns) = self.plan, x.shape
+        y = np.empty((rows, self.shape[0]), np.float32)
 
         def work(share: slice) -> None:
-            scratch = aligned_empty((scratch_size(x.shape[1]),))
-            multiply_into(multiply.address, y, x, *self.plan, share.start, share.stop, scratch)
+            prepared, scratch = (aligned_empty((size(columns),)) for size in (prepared_size, scratch_size))
+            out, ready, own = y.ctypes.data + 4 * share.start, prepared.ctypes.data, scratch.ctypes.data
+            numbers = (*at, columns, share.start, share.stop, x.ctypes.data, columns, rows, out, self.shape[0])
+            if rows > FEW_ROWS:
+                multiply_wide.call(kind, *numbers, own)
+            else:
+                multiply[kind].call(*numbers, ready, own)
 
         run_all(work, shards(self.shape[0], threads))
         return y

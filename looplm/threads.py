@@ -16,7 +16,7 @@ from typing import TypeVar
 import numpy as np
 
 from .arrays import Array
-from .kernels import decoding
+from .kernels import team as kernel
 from .kernels.jit import JIT_DISABLED
 from .kernels.product.blas import limit_blas_threads
 
@@ -52,34 +52,35 @@ def run_all(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
 
 
 class Team:
-    """Threads that work on one plan together (kernels/decoding.py): the caller's, and helpers that wait for it.
+    """Threads that work on one plan together (kernels/team.py): the caller's, and helpers that wait for it.
 
     A helper looks for the next command for about a millisecond, then sleeps until it is woken.
     """
 
     def __init__(self, threads: int) -> None:
         self.threads = 1 if JIT_DISABLED else threads
-        self._control = np.zeros(decoding.FIRST_PART + 8 * self.threads, np.int64)
-        self._control[decoding.PARTS], self._control[decoding.WORK] = self.threads, decoding.work.address
+        self._control = np.zeros(kernel.FIRST_PART + kernel.PART_SIZE * self.threads, np.int64)
+        self._control[kernel.PARTS], self._control[kernel.WORK] = self.threads, kernel.work.address
+        self._at = self._control.ctypes.data
         self._lock = threading.Lock()
         self._wake = [threading.Event() for _ in range(1, self.threads)]
         for part, event in enumerate(self._wake, 1):
-            self._control[decoding.FIRST_PART + 8 * part + decoding.ASLEEP] = 1
+            self._control[kernel.FIRST_PART + kernel.PART_SIZE * part + kernel.ASLEEP] = 1
             threading.Thread(target=self._help, args=(part, event), name=f"looplm-{part}", daemon=True).start()
 
     def run(self, plan: Array) -> None:
         """Do what the plan says; one caller at a time."""
         with self._lock:
-            if not decoding.command(plan, self._control):
+            if not kernel.command.call(self._at, plan.ctypes.data, plan.size):
                 for event in self._wake:
                     event.set()
-                decoding.lead(self._control)
+                kernel.lead.call(self._at)
 
     def _help(self, part: int, event: threading.Event) -> None:
         while True:
             event.wait()
             event.clear()
-            decoding.help_out(self._control, part, WAKEFUL)
+            kernel.help_out.call(self._at, part, WAKEFUL)
 
 
 @functools.cache

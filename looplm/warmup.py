@@ -1,19 +1,22 @@
 """Run every compiled kernel once, in the forms that commands use, so that it is compiled and kept."""
 
 from collections.abc import Iterator
+from typing import get_args
 
 import numpy as np
 
 from .analysis import inspect
+from .cache import KeyValueType
 from .calibration import CalibrateConfig, Gate, fit_gate, observe
 from .config import ModelConfig
 from .data import TextSource
 from .exits import MEASURED, ExitRule, LearnedGate, bind
 from .generation import Session
 from .kernels.product.select import measured
+from .kernels.product.stored import FEW_ROWS
 from .objectives import StageTwo
-from .quantization import FORMATS, quantize_matrix
 from .settings import InitConfig, TrainConfig
+from .stored import Format, convert
 from .training import Trainer
 from .weights import initialise
 
@@ -44,13 +47,15 @@ def compile_everything() -> Iterator[str]:
     seen = observe(weights, source.validation(), 64)
     fit_gate(Gate(weights.gate_weight, weights.gate_bias), seen, StageTwo(), CalibrateConfig(steps=1))
     yield "calibration"
-    session = Session(weights, threads=2)
-    session.feed(np.zeros((1, 8), np.int64))
+    for kv_dtype in get_args(KeyValueType):
+        session = Session(weights, threads=2, kv_dtype=kv_dtype)
+        session.feed(np.zeros((1, FEW_ROWS + 1), np.int64))
+        session.feed(np.zeros((1, 1), np.int64))
     rules: list[ExitRule] = [LearnedGate(0.5), *(kind(1.0) for kind in MEASURED.values())]
     for rule in rules:
         session.advance(np.zeros(1, np.int64), bind(rule, weights))
     inspect(weights, np.zeros((1, 8), np.int64))
     yield "generation and inspection"
-    for fmt in FORMATS:
-        quantize_matrix(weights.head, fmt)
-    yield "quantization"
+    for name in get_args(Format):
+        convert(weights.head, name).multiply(weights.head[:1])
+    yield "quantized weights"

@@ -9,80 +9,57 @@ import ctypes
 from typing import Any
 
 import llvmlite.ir as ir
-import numba
 import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+from numba.np.arrayobj import populate_array
 
-from .jit import JIT_DISABLED, features, njit
+from .jit import JIT_DISABLED, Routine, features, njit
 
 PATIENCE = 2_000  # looks at a word before giving way to other threads of the machine (some 30 microseconds)
 
 _I32, _I64 = ir.IntType(32), ir.IntType(64)
 
 
-def _pointer_to(kind):
-    """pointer(address): for Numba's `carray`."""
+def _array_at(kind, dtype):
+    """at(address, count): a contiguous array of the memory there.  Spelled out: `carray` compiles far more slowly."""
 
-    def typed(typing_context, address):
+    def typed(typing_context, address, count):
+        array = types.Array(kind, 1, "C")
+
         def emit(context, builder, signature, values):
-            return builder.inttoptr(values[0], context.get_value_type(signature.return_type))
+            made = context.make_array(array)(context, builder)
+            data = builder.inttoptr(values[0], made.data.type)
+            size = context.get_constant(types.intp, np.dtype(dtype).itemsize)
+            populate_array(made, data=data, shape=[values[1]], strides=[size], itemsize=size, meminfo=None)
+            return made._getvalue()
 
-        return types.CPointer(kind)(types.intp), emit
+        return array(types.intp, types.intp), emit
 
-    return intrinsic(typed)
+    def plain(address, count):
+        if count <= 0:
+            return np.empty(0, dtype)
+        memory = (ctypes.c_uint8 * (int(count) * np.dtype(dtype).itemsize)).from_address(int(address))
+        return np.frombuffer(memory, dtype)
 
-
-_float, _double, _word = _pointer_to(types.float32), _pointer_to(types.float64), _pointer_to(types.uint16)
-_short, _signed, _long = _pointer_to(types.int16), _pointer_to(types.int8), _pointer_to(types.int64)
-
-
-@njit(inline="always")
-def floats_at(address, count):
-    """An array of float32 numbers."""
-    return numba.carray(_float(address), (count,))
-
-
-@njit(inline="always")
-def doubles_at(address, count):
-    return numba.carray(_double(address), (count,))
+    return plain if JIT_DISABLED else intrinsic(typed)
 
 
-@njit(inline="always")
-def words_at(address, count):
-    """An array of uint16: bfloat16 numbers."""
-    return numba.carray(_word(address), (count,))
+floats_at, doubles_at = _array_at(types.float32, np.float32), _array_at(types.float64, np.float64)
+words_at, shorts_at = _array_at(types.uint16, np.uint16), _array_at(types.int16, np.int16)  # words: bfloat16 bits
+signed_bytes_at, longs_at = _array_at(types.int8, np.int8), _array_at(types.int64, np.int64)
 
 
-@njit(inline="always")
-def shorts_at(address, count):
-    return numba.carray(_short(address), (count,))
+def _call(typing_context, address, arguments):
+    """A routine (kernels/jit.py), by its address and a tuple of its arguments -> int64."""
 
+    def emit(context, builder, signature, values):
+        numbers = cgutils.unpack_tuple(builder, values[1])
+        kind = ir.FunctionType(_I64, [_I64] * len(numbers))
+        return builder.call(builder.inttoptr(values[0], kind.as_pointer()), numbers)
 
-@njit(inline="always")
-def signed_bytes_at(address, count):
-    return numba.carray(_signed(address), (count,))
-
-
-@njit(inline="always")
-def longs_at(address, count):
-    return numba.carray(_long(address), (count,))
-
-
-def caller(routine) -> Any:
-    """call(address, ...) with a routine's arguments -> int64.  Uncompiled, the address does not matter."""
-
-    @intrinsic
-    def call(typing_context, address, arguments):
-        def emit(context, builder, signature, values):
-            numbers = cgutils.unpack_tuple(builder, values[1])
-            kind = ir.FunctionType(_I64, [_I64] * len(numbers))
-            return builder.call(builder.inttoptr(values[0], kind.as_pointer()), numbers)
-
-        return types.int64(types.intp, arguments), emit
-
-    return (lambda address, arguments: routine.function(*arguments)) if JIT_DISABLED else call
+    return types.int64(types.intp, arguments), emit
 
 
 def _add_to(typing_context, array, at, value):
@@ -95,6 +72,16 @@ def _add_to(typing_context, array, at, value):
     return types.int64(array, types.intp, types.int64), emit
 
 
+def _swap(typing_context, array, at, expected, value):
+    """array[at] = value if it is what is expected -> whether it was, as one step.  array: int64."""
+
+    def emit(context, builder, signature, values):
+        place = builder.gep(context.make_array(signature.args[0])(context, builder, values[0]).data, [values[1]])
+        return builder.extract_value(builder.cmpxchg(place, values[2], values[3], "seq_cst", "seq_cst"), 1)
+
+    return types.boolean(array, types.intp, types.int64, types.int64), emit
+
+
 def _look_at(typing_context, array, at):
     """array[at] as it is now, and with it all that was written before.  array: int64."""
 
@@ -105,8 +92,10 @@ def _look_at(typing_context, array, at):
     return types.int64(array, types.intp), emit
 
 
+call: Any = intrinsic(_call)
 add_to: Any = intrinsic(_add_to)
 look_at: Any = intrinsic(_look_at)
+swap: Any = intrinsic(_swap)
 
 
 @intrinsic
@@ -136,33 +125,29 @@ def _give_way(typing_context):
 
 
 @njit
+def wait_a_while(looks):
+    """Between two looks, `looks` of which were in vain -> how many now."""
+    if (looks + 1) % PATIENCE == 0:
+        _give_way()
+    _breathe()
+    return looks + 1
+
+
+@njit
 def wait_for(array, at, least, patience):
-    """Wait until array[at] >= least -> whether it is; with a patience above 0, only for so many looks."""
+    """Wait until array[at] >= least, but for so many looks at most -> whether it is."""
     looks = 0
     while look_at(array, at) < least:
-        looks += 1
-        if patience and looks >= patience:
+        looks = wait_a_while(looks)
+        if looks >= patience:
             return False
-        if looks % PATIENCE == 0:
-            _give_way()
-        _breathe()
     return True
 
 
 if JIT_DISABLED:
 
-    def _plain(kind):
-        def at(address, count):
-            if count <= 0:
-                return np.empty(0, kind)
-            memory = (ctypes.c_uint8 * (int(count) * np.dtype(kind).itemsize)).from_address(int(address))
-            return np.frombuffer(memory, kind)
-
-        return at
-
-    floats_at, doubles_at, words_at = _plain(np.float32), _plain(np.float64), _plain(np.uint16)
-    shorts_at, signed_bytes_at = _plain(np.int16), _plain(np.int8)
-    longs_at = _plain(np.int64)
+    def call(address, arguments):
+        return Routine.uncompiled[address](*arguments)
 
     def add_to(array, at, value):
         array[at] += value
@@ -170,6 +155,13 @@ if JIT_DISABLED:
 
     def look_at(array, at):
         return array[at]
+
+    def swap(array, at, expected, value):
+        array[at] = value
+        return True
+
+    def wait_a_while(looks):
+        return looks + 1
 
     def wait_for(array, at, least, patience):
         return array[at] >= least

@@ -14,7 +14,7 @@ import platform
 import sys
 import tempfile
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import llvmlite.binding
 import numba
@@ -140,14 +140,17 @@ class Routine:
     over and over (70 seconds instead of 15 for the loop of decoding).
     """
 
+    uncompiled: ClassVar[dict[int, Callable[..., Any]]] = {}  # what stands for addresses if nothing is compiled
+
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
 
     @functools.cached_property
     def address(self) -> int:
-        """Where it is, in this process; 0 if nothing is compiled."""
+        """Where it is, in this process."""
         if JIT_DISABLED:
-            return 0
+            self.uncompiled[id(self)] = self.function
+            return id(self)
         number = numba.types.int64
         signature = number(*[number] * self.function.__code__.co_argcount)
         before = _CONFIG.CACHE_DIR
@@ -159,6 +162,13 @@ class Routine:
             _CONFIG.CACHE_DIR = before
         self._compiled = compiled  # its code lives as long as it
         return int(compiled.address or 0)
+
+    @functools.cached_property
+    def call(self) -> Callable[..., int]:
+        """It, for Python: other threads run meanwhile."""
+        number = ctypes.c_int64
+        count = self.function.__code__.co_argcount
+        return self.function if JIT_DISABLED else ctypes.CFUNCTYPE(number, *[number] * count)(self.address)
 
 
 JIT_DISABLED = bool(_CONFIG.DISABLE_JIT)

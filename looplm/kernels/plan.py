@@ -12,12 +12,16 @@ Python fills it in (looplm/decoder.py), kernels read it.  Every field is an int6
 # Key/value cache, and tables for rotary positions:
 (CACHE_KIND, CAPACITY, CACHE_BATCH, KEYS, VALUES, START, COS, SIN) = range(16, 24)
 # Addresses of buffers that all threads share, and of the first thread's own and the step to the next:
-(QKV, ATTENTION, BRANCH, GATE_UP, OWN, OWN_STEP, CONSTANTS, SCORES_SIZE) = range(24, 32)
+(STATE, NORMED, QKV, ATTENTION, BRANCH, GATE_UP, PREPARED, OWN, OWN_STEP, CONSTANTS, SCORES_SIZE) = range(24, 35)
 # Addresses, from the start of a thread's own buffer:
-(STATE, NORMED, SCRATCH, SCORES, LSE) = range(32, 37)
+(SCRATCH, QUERIES, SCORES, LSE) = range(35, 39)
 NORM, GATE_WEIGHT, GATE_BIAS, HEAD = 40, 41, 42, 43  # and from HEAD on, a matrix: kind, codes, scales
-MULTIPLY, ATTEND = 46, 47  # addresses of compiled routines
-FIRST_LAYER = 48
+# Addresses of compiled routines: products of a few rows for each kind of weight, and of many; attention.
+(MULTIPLY, MULTIPLY_WIDE, ATTEND) = (46, 50, 51)
+PREPARED_STEP = 52  # bytes from what is prepared for one kind of weight to the next
+# How work is shared: phases of the command; items of each phase of a layer and of the head; outputs come in units.
+(PHASE_COUNT, UNIT, ITEMS, HEAD_ITEMS) = (53, 54, 55, 59)
+FIRST_LAYER = 60
 (NORM_1, NORM_2, NORM_3, NORM_4, Q, K, V, O, GATE, UP, DOWN) = (0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22)  # noqa: E741
 LAYER_SIZE = 25
 

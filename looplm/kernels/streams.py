@@ -1,39 +1,47 @@
 # mypy: ignore-errors
 """Products of few rows with weights that are read once, as they lie in memory, in the format they are stored in.
 
-A kernel multiplies a block of weight rows with one or two rows of x.  Lanes run along a row and are summed at its end,
+A kernel multiplies a block of weight rows with one row of x or a few.  Lanes run along a row and are summed at its end,
 in the same order whatever block a row is in, so that a result never depends on how many rows or threads there are.
 
 float32   x as it is
 bfloat16  a word holds two columns: x lies in runs of WIDTH even columns, then WIDTH odd ones
 int8      codes times x rounded to 16-bit integers, 64 columns at a time; exact sums, scaled as floats
-int4      the same, 32 columns at a time; a code is 8 above its value, which the caller takes off
+int4      the same, 32 columns at a time; a code is 8 above its value
 
 Memory is given by address, in bytes; nothing is checked.  Uncompiled (NUMBA_DISABLE_JIT), NumPy twins take the place
 of everything here.
 """
 
+from typing import Any
+
 import llvmlite.ir as ir
-import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .addresses import floats_at, shorts_at, signed_bytes_at, words_at
+from .addresses import floats_at
 from .jit import JIT_DISABLED, features
+from .plain_streams import DOTS, FLOATS
 from .vectors import WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 BLOCK = 4  # weight rows that are read side by side
+# Rows of x that are multiplied with each of them, for each kind: what registers there are.
+TOGETHER = (4, 4, 2, 2) if WIDTH == 16 else (2, 2, 2, 2)
 CHANNEL_BLOCK = 32  # channels of values that are summed at once
-CODES = 16  # 16-bit integers that are multiplied at once
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 # A block of columns: how many, bytes of a weight row, bytes of a row of x.
 _COLUMNS = {FLOAT32: WIDTH, BFLOAT16: 2 * WIDTH, INT8: 64, INT4: 64}
 _BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 4 * WIDTH, INT8: 64, INT4: 32}
 _X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: 128}
-_LANES = 8  # sums of codes at once
+_GROUPS = {INT8: 1, INT4: 2}  # scales of a block of columns
+_WHOLE_LINES = "avx512vnni" in features()  # 16-bit integers are multiplied 32 at a time, else 16
+_LANES = 16 if _WHOLE_LINES else 8  # sums of codes at once
+_CODES = 2 * _LANES
+RUN = 32  # blocks of columns whose scales are multiplied ahead
+_STEPPED = 16.0  # int4, whole lines: codes of the upper lanes stay four bits up, worth so much more
 
 
 def _vector(kind, count):
@@ -69,15 +77,19 @@ def _multiply_add(builder, left, right, total):
 
 
 def _pair_sums(builder, left, right, total):
-    """total (8 x i32) += products of 16-bit integers, neighbours added: left, right: 16 x i16."""
+    """total (_LANES x i32) += products of 16-bit integers (_CODES of them), neighbours added."""
+    if _WHOLE_LINES:
+        operands = [total, *(builder.bitcast(side, total.type) for side in (left, right))]
+        function = _function(builder, "llvm.x86.avx512.vpdpwssd.512", total.type, [total.type] * 3)
+        return builder.call(function, operands)
     if "avx2" in features():
         kinds = [left.type, right.type]
-        function = _function(builder, "llvm.x86.avx2.pmadd.wd", _vector(_I32, _LANES), kinds)
+        function = _function(builder, "llvm.x86.avx2.pmadd.wd", total.type, kinds)
         return builder.add(total, builder.call(function, [left, right]))
-    wide = _vector(_I32, CODES)
+    wide = _vector(_I32, _CODES)
     product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
     for odd in (0, 1):
-        mask = ir.Constant(_vector(_I32, _LANES), [2 * i + odd for i in range(_LANES)])
+        mask = ir.Constant(total.type, [2 * i + odd for i in range(_LANES)])
         total = builder.add(total, builder.shuffle_vector(product, product, mask))
     return total
 
@@ -92,31 +104,29 @@ def _lane_sum(builder, line):
 
 
 class _Sums:
-    """Accumulators of a block: `count` vectors for each pair of rows, in registers."""
+    """Accumulators of a block: a vector for each pair of rows, in registers."""
 
-    def __init__(self, builder, rows, count, width):
+    def __init__(self, builder, pairs, width):
         kind = _vector(_F32, width)
-        zero = ir.Constant(kind, None)
-        self.builder = builder
-        self.places = {pair: [cgutils.alloca_once(builder, kind) for _ in range(count)] for pair in rows}
-        for places in self.places.values():
-            for place in places:
-                builder.store(zero, place)
+        self.builder, self.places = builder, {pair: cgutils.alloca_once(builder, kind) for pair in pairs}
+        for place in self.places.values():
+            builder.store(ir.Constant(kind, None), place)
 
-    def multiply_add(self, pair, which, left, right):
-        place = self.places[pair][which]
+    def multiply_add(self, pair, left, right):
+        place = self.places[pair]
         self.builder.store(_multiply_add(self.builder, left, right, self.builder.load(place)), place)
 
-    def total(self, pair):
-        parts = [self.builder.load(place) for place in self.places[pair]]
-        return _lane_sum(self.builder, parts[0] if len(parts) == 1 else self.builder.fadd(*parts))
+    def total(self, pair, lanes=None):
+        """The sum of its lanes, each times a number of its own."""
+        line = self.builder.load(self.places[pair])
+        return _lane_sum(self.builder, line if lanes is None else self.builder.fmul(line, lanes))
 
 
-def _float_columns(builder, sums, weights, lines, scales, index):
+def _float_columns(builder, sums, weights, lines, scales):
     for i, x in enumerate(lines):
         x = _at(builder, x, _vector(_F32, WIDTH))
         for j, weight in enumerate(weights):
-            sums.multiply_add((i, j), 0, _at(builder, weight, x.type), x)
+            sums.multiply_add((i, j), _at(builder, weight, x.type), x)
 
 
 def _halves(builder, words):
@@ -125,58 +135,97 @@ def _halves(builder, words):
     return [builder.bitcast(half, _vector(_F32, words.type.count)) for half in (even, odd)]
 
 
-def _bfloat_columns(builder, sums, weights, lines, scales, index):
+def _bfloat_columns(builder, sums, weights, lines, scales):
     words, floats = _vector(_I32, WIDTH), _vector(_F32, WIDTH)
     halves = [_halves(builder, _at(builder, weight, words)) for weight in weights]
     for which in (0, 1):
         for i, x in enumerate(lines):
             x = _at(builder, _plus(builder, x, 4 * WIDTH * which), floats)
             for j, both in enumerate(halves):
-                sums.multiply_add((i, j), which, both[which], x)
+                sums.multiply_add((i, j), both[which], x)
 
 
-def _scaled(builder, sums, pair, total, scale):
-    number = builder.sitofp(total, _vector(_F32, _LANES))
-    sums.multiply_add(pair, 0, number, _spread(builder, _at(builder, scale, _F32), _LANES))
-
-
-def _int8_columns(builder, sums, weights, lines, scales, index):
-    codes, wide = _vector(_I8, CODES), _vector(_I16, CODES)
+def _integer_group(builder, sums, parts, lines, scales, at):
+    """A group of columns.  parts: for each _CODES columns a vector of every weight row; `at`: bytes to x's columns."""
     totals = {pair: ir.Constant(_vector(_I32, _LANES), None) for pair in scales}
-    for part in range(4):
-        for j, weight in enumerate(weights):
-            code = builder.sext(_at(builder, _plus(builder, weight, CODES * part), codes), wide)
-            for i, x in enumerate(lines):
-                x = _at(builder, _plus(builder, x, 2 * CODES * part), wide)
+    for part, codes in enumerate(parts):
+        for i, x in enumerate(lines):
+            x = _at(builder, _plus(builder, x, at + 2 * _CODES * part), _vector(_I16, _CODES))
+            for j, code in enumerate(codes):
                 totals[i, j] = _pair_sums(builder, code, x, totals[i, j])
     for pair, total in totals.items():
-        _scaled(builder, sums, pair, total, builder.add(scales[pair], builder.mul(index, _I64(4))))
+        scale = _spread(builder, _at(builder, scales[pair], _F32), _LANES)
+        sums.multiply_add(pair, builder.sitofp(total, scale.type), scale)
 
 
-def _int4_columns(builder, sums, weights, lines, scales, index):
-    wide = _vector(_I16, CODES)
-    words = [_at(builder, weight, wide) for weight in weights]
+def _int8_columns(builder, sums, weights, lines, scales):
+    parts = []
+    for at in range(0, 64, _CODES):
+        codes = [_at(builder, _plus(builder, weight, at), _vector(_I8, _CODES)) for weight in weights]
+        parts.append([builder.sext(code, _vector(_I16, _CODES)) for code in codes])
+    _integer_group(builder, sums, parts, lines, scales, 0)
+
+
+def _int4_columns(builder, sums, weights, lines, scales):
+    words = [_at(builder, weight, _vector(_I16, 16)) for weight in weights]
+    parts = [(4 * part, [15] * 16) for part in range(4)]  # a shift, and what it leaves of every word
+    if _WHOLE_LINES:  # both parts of a group side by side, the second where it lies: four bits up
+        twice = ir.Constant(_vector(_I32, _CODES), [i % 16 for i in range(_CODES)])
+        words = [builder.shuffle_vector(word, word, twice) for word in words]
+        parts = [(8 * group, [15] * 16 + [240] * 16) for group in (0, 1)]
+    kind, codes = _vector(_I16, _CODES), []
+    for shift, masks in parts:
+        shifted = [builder.lshr(word, _constant(kind, shift)) if shift else word for word in words]
+        mask, zero = ir.Constant(kind, masks), ir.Constant(kind, [8 * (value // 15) for value in masks])
+        codes.append([builder.sub(builder.and_(word, mask), zero) for word in shifted])
     for group in (0, 1):
-        totals = {pair: ir.Constant(_vector(_I32, _LANES), None) for pair in scales}
-        for part in (2 * group, 2 * group + 1):
-            for j, word in enumerate(words):
-                code = builder.lshr(word, _constant(wide, 4 * part)) if part else word
-                code = builder.and_(code, _constant(wide, 15)) if part < 3 else code
-                for i, x in enumerate(lines):
-                    x = _at(builder, _plus(builder, x, 2 * CODES * part), wide)
-                    totals[i, j] = _pair_sums(builder, code, x, totals[i, j])
-        for pair, total in totals.items():
-            scale = builder.add(scales[pair], builder.mul(index, _I64(8)))
-            _scaled(builder, sums, pair, total, _plus(builder, scale, 4 * group))
+        here = {pair: _plus(builder, scale, 4 * group) for pair, scale in scales.items()}
+        some = codes[group * len(codes) // 2 : (group + 1) * len(codes) // 2]
+        _integer_group(builder, sums, some, lines, here, 64 * group)
 
 
 _STEPS = {FLOAT32: _float_columns, BFLOAT16: _bfloat_columns, INT8: _int8_columns, INT4: _int4_columns}
 
 
-def _emit_stream(kind, x_rows, w_rows, context, builder, values):
-    w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns = values
-    pairs = [(i, j) for i in range(x_rows) for j in range(w_rows)]
-    sums = _Sums(builder, pairs, 2 if kind == BFLOAT16 else 1, _LANES if kind in (INT8, INT4) else WIDTH)
+def _emit_scales(builder, places, weights, lines, groups):
+    """places[i, j]: scales of row i of x (floats) times those of weight row j (bfloat16), `groups` of them."""
+
+    def multiply(first, count):
+        left = []
+        for weight in weights:
+            bits = _at(builder, builder.add(weight, builder.mul(first, _I64(2))), _vector(_I16, count))
+            bits = builder.shl(builder.zext(bits, _vector(_I32, count)), _constant(_vector(_I32, count), 16))
+            left.append(builder.bitcast(bits, _vector(_F32, count)))
+        offset = builder.mul(first, _I64(4))
+        for i, line in enumerate(lines):
+            right = _at(builder, builder.add(line, offset), left[0].type)
+            for j, scale in enumerate(left):
+                into = builder.inttoptr(builder.add(places[i, j], offset), right.type.as_pointer())
+                builder.store(builder.fmul(right, scale), into).align = 4
+
+    def several(number):
+        """So many at a time; the last ones overlap those before, since nothing may be read beyond the end."""
+        last = builder.sub(groups, _I64(number))
+        count = builder.udiv(builder.add(groups, _I64(number - 1)), _I64(number))
+        with cgutils.for_range(builder, count, intp=_I64) as loop:
+            first = builder.mul(loop.index, _I64(number))
+            multiply(builder.select(builder.icmp_signed("<", first, last), first, last), number)
+
+    with builder.if_else(builder.icmp_signed(">=", groups, _I64(8))) as (many, few):
+        with many:
+            several(8)
+        with few, builder.if_else(builder.icmp_signed(">=", groups, _I64(4))) as (some, one):
+            with some:
+                several(4)
+            with one:
+                several(1)
+
+
+def _emit_stream(kind, together, context, builder, values):
+    w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns = values
+    pairs = [(i, j) for i in range(together) for j in range(BLOCK)]
+    integers = kind in _GROUPS
+    sums = _Sums(builder, pairs, _LANES if integers else WIDTH)
 
     def rows(start, step, count, number):
         """Addresses of rows; those beyond the last are the last."""
@@ -186,25 +235,49 @@ def _emit_stream(kind, x_rows, w_rows, context, builder, values):
             found.append(builder.add(start, builder.mul(step, builder.select(inside, _I64(i), last))))
         return found
 
-    weights, lines = rows(w, w_step, w_count, w_rows), rows(x, x_step, x_count, x_rows)
-    scales = {(i, j): builder.add(s, builder.mul(s_step, _I64(i * w_rows + j))) for i, j in pairs}
+    weights, lines = rows(w, w_step, w_count, BLOCK), rows(x, x_step, x_count, together)
     whole = builder.udiv(columns, _I64(_COLUMNS[kind]))
-    with cgutils.for_range(builder, whole, intp=_I64) as loop:
-        here = [builder.add(weight, builder.mul(loop.index, _I64(_BYTES[kind]))) for weight in weights]
-        there = [builder.add(line, builder.mul(loop.index, _I64(_X_BYTES[kind]))) for line in lines]
-        _STEPS[kind](builder, sums, here, there, scales, loop.index)
-    if kind in (FLOAT32, BFLOAT16):
-        _emit_rest(kind, context, builder, sums, weights, lines, whole, columns)
+
+    def multiply(block, scales):
+        here = [builder.add(weight, builder.mul(block, _I64(_BYTES[kind]))) for weight in weights]
+        there = [builder.add(line, builder.mul(block, _I64(_X_BYTES[kind]))) for line in lines]
+        _STEPS[kind](builder, sums, here, there, scales)
+
+    if integers:
+        size = _GROUPS[kind]
+        own, theirs = (
+            [builder.add(line, builder.mul(columns, _I64(2))) for line in lines],
+            rows(s, s_step, w_count, BLOCK),
+        )
+        places = {(i, j): _plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
+        runs = builder.udiv(builder.add(whole, _I64(RUN - 1)), _I64(RUN))
+        with cgutils.for_range(builder, runs, intp=_I64) as run:
+            first = builder.mul(run.index, _I64(RUN))
+            rest, at = builder.sub(whole, first), builder.mul(first, _I64(size))
+            count = builder.select(builder.icmp_signed("<", rest, _I64(RUN)), rest, _I64(RUN))
+            left = [builder.add(scale, builder.mul(at, _I64(2))) for scale in theirs]
+            right = [builder.add(scale, builder.mul(at, _I64(4))) for scale in own]
+            _emit_scales(builder, places, left, right, builder.mul(count, _I64(size)))
+            with cgutils.for_range(builder, count, intp=_I64) as loop:
+                offset = builder.add(products, builder.mul(loop.index, _I64(4 * size)))
+                scales = {(i, j): _plus(builder, offset, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
+                multiply(builder.add(first, loop.index), scales)
+    else:
+        with cgutils.for_range(builder, whole, intp=_I64) as loop:
+            multiply(loop.index, {})
+        _emit_rest(kind, builder, sums, weights, lines, whole, columns)
+    stepped = kind == INT4 and _WHOLE_LINES
+    worth = ir.Constant(_vector(_F32, 16), [1.0] * 8 + [1 / _STEPPED] * 8) if stepped else None
     for i, j in pairs:
         inside = builder.and_(builder.icmp_signed("<", _I64(i), x_count), builder.icmp_signed("<", _I64(j), w_count))
-        total = sums.total((i, j))
+        total = sums.total((i, j), worth)
         with builder.if_then(inside):
             place = builder.add(builder.add(y, builder.mul(y_gap, _I64(j))), builder.mul(y_step, _I64(i)))
             builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
     return context.get_dummy_value()
 
 
-def _emit_rest(kind, context, builder, sums, weights, lines, whole, columns):
+def _emit_rest(kind, builder, sums, weights, lines, whole, columns):
     """The columns after the last whole block: copied beside zeros, since nothing may be read beyond a row's end."""
     size = _BYTES[kind] // _COLUMNS[kind]
     rest = builder.mul(builder.sub(columns, builder.mul(whole, _I64(_COLUMNS[kind]))), _I64(size))
@@ -217,58 +290,48 @@ def _emit_rest(kind, context, builder, sums, weights, lines, whole, columns):
             cgutils.raw_memcpy(builder, builder.bitcast(place, _I8.as_pointer()), source, rest, 1)
             places.append(builder.ptrtoint(place, _I64))
         there = [builder.add(line, builder.mul(whole, _I64(_X_BYTES[kind]))) for line in lines]
-        _STEPS[kind](builder, sums, places, there, {}, whole)
+        _STEPS[kind](builder, sums, places, there, {})
 
 
-def _stream(kind, x_rows, w_rows):
-    """stream(w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns): y[i, j] = x[i] . w[j].
+def _stream(
+    typing_context,
+    kind,
+    together,
+    w,
+    w_step,
+    w_count,
+    x,
+    x_step,
+    x_count,
+    s,
+    s_step,
+    products,
+    y,
+    y_step,
+    y_gap,
+    columns,
+):
+    """stream(...): y[i, j] = x[i] . w[j] for rows of x up to `together` and BLOCK weight rows, stored as `kind` says.
 
-    Steps are bytes from row to row; y_gap is that from j to j + 1.  At most `x_rows` and `w_rows` rows are multiplied,
-    of which only the first x_count and w_count are written.  x is as product/stored.py prepares it; s holds a scale per
-    pair of rows and group, for the integer formats.
+    Steps are bytes from row to row; y_gap is that from j to j + 1.  Only the first x_count and w_count rows count.
+    x is as product/stored.py prepares it.  For integers s holds the scales of weight rows, columns are whole groups,
+    and `products` is room for `PRODUCTS` floats.
     """
+    numbers = kind.literal_value, together.literal_value
 
-    def typed(typing_context, w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns):
-        def emit(context, builder, signature, values):
-            return _emit_stream(kind, x_rows, w_rows, context, builder, values)
+    def emit(context, builder, signature, values):
+        return _emit_stream(*numbers, context, builder, values[2:])
 
-        return types.void(*[types.intp] * 12), emit
-
-    def plain(w, w_step, w_count, x, x_step, x_count, s, s_step, y, y_step, y_gap, columns):
-        for i in range(x_count):
-            for j in range(w_count):
-                scales = s + s_step * (i * w_rows + j)
-                floats_at(y + i * y_step + j * y_gap, 1)[0] = _DOTS[kind](
-                    w + j * w_step, x + i * x_step, scales, columns
-                )
-
-    return plain if JIT_DISABLED else intrinsic(typed)
+    return types.void(kind, together, *[types.intp] * 13), emit
 
 
-def _dot_float32(w, x, scales, columns):
-    return floats_at(w, columns) @ floats_at(x, columns)
-
-
-def _dot_bfloat16(w, x, scales, columns):
-    weight = (words_at(w, columns).astype(np.uint32) << np.uint32(16)).view(np.float32)
-    blocks = -(-columns // (2 * WIDTH))
-    sorted_x = floats_at(x, 2 * WIDTH * blocks).reshape(blocks, 2, WIDTH)
-    return weight @ sorted_x.transpose(0, 2, 1).reshape(-1)[:columns]
-
-
-def _dot_int8(w, x, scales, columns):
-    products = signed_bytes_at(w, columns).astype(np.int32) * shorts_at(x, columns)
-    return products.reshape(-1, 64).sum(axis=1).astype(np.float32) @ floats_at(scales, columns // 64)
-
-
-def _dot_int4(w, x, scales, columns):
-    words = words_at(w, columns // 4).reshape(-1, 1, 16)
-    codes = (words >> np.arange(0, 16, 4, dtype=np.uint16)[:, None]) & np.uint16(15)
-    sums = (codes.reshape(-1).astype(np.int32) * shorts_at(x, columns)).reshape(-1, 32).sum(axis=1)
-    return sums.astype(np.float32) @ floats_at(scales, columns // 32)
-
-
-_DOTS = {FLOAT32: _dot_float32, BFLOAT16: _dot_bfloat16, INT8: _dot_int8, INT4: _dot_int4}
+def _stream_plain(
+    kind, together, w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns
+):
+    for i in range(x_count):
+        for j in range(w_count):
+            total = DOTS[kind](w + j * w_step, x + i * x_step, s + j * s_step, columns)
+            floats_at(y + i * y_step + j * y_gap, 1)[0] = total
 
 
 def _emit_weighted(kind, context, builder, values):
@@ -298,30 +361,22 @@ def _emit_weighted(kind, context, builder, values):
     return context.get_dummy_value()
 
 
-def _weighted(kind):
-    """weighted(v, v_step, weight, keys, out): out[c] = sum over keys of weight[j] * v[j, c], c < CHANNEL_BLOCK."""
+def _weighted(typing_context, kind, v, v_step, weight, keys, out):
+    """weighted(...): out[c] = sum over keys of weight[j] * v[j, c], c < CHANNEL_BLOCK; v is stored as `kind` says."""
 
-    def typed(typing_context, v, v_step, weight, keys, out):
-        def emit(context, builder, signature, values):
-            return _emit_weighted(kind, context, builder, values)
+    def emit(context, builder, signature, values):
+        return _emit_weighted(kind.literal_value, context, builder, values[1:])
 
-        return types.void(*[types.intp] * 5), emit
-
-    def plain(v, v_step, weight, keys, out):
-        total = floats_at(out, CHANNEL_BLOCK)
-        total[:] = 0.0
-        for j, factor in enumerate(floats_at(weight, keys)):
-            if kind == FLOAT32:
-                total += factor * floats_at(v + j * v_step, CHANNEL_BLOCK)
-            else:
-                wide = words_at(v + j * v_step, CHANNEL_BLOCK).astype(np.uint32) << np.uint32(16)
-                total += factor * wide.view(np.float32)
-
-    return plain if JIT_DISABLED else intrinsic(typed)
+    return types.void(kind, *[types.intp] * 5), emit
 
 
-weighted_float32, weighted_bfloat16 = _weighted(FLOAT32), _weighted(BFLOAT16)
-stream_float32, stream_float32_two = _stream(FLOAT32, 1, BLOCK), _stream(FLOAT32, 2, BLOCK // 2)
-stream_bfloat16, stream_bfloat16_two = _stream(BFLOAT16, 1, BLOCK), _stream(BFLOAT16, 2, BLOCK // 2)
-stream_int8, stream_int8_two = _stream(INT8, 1, BLOCK), _stream(INT8, 2, BLOCK // 2)
-stream_int4, stream_int4_two = _stream(INT4, 1, BLOCK), _stream(INT4, 2, BLOCK // 2)
+def _weighted_plain(kind, v, v_step, weight, keys, out):
+    total = floats_at(out, CHANNEL_BLOCK)
+    total[:] = 0.0
+    for j, factor in enumerate(floats_at(weight, keys)):
+        total += factor * FLOATS[kind](v + j * v_step, CHANNEL_BLOCK)
+
+
+PRODUCTS = 2 * RUN * max(TOGETHER) * BLOCK  # scales that are multiplied ahead, at most
+stream: Any = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
+weighted: Any = _weighted_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_weighted)
