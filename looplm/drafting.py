@@ -15,7 +15,7 @@ with probability min(1, p / q), else drawn again from what p has more than q).  
 """
 
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 
 import numpy as np
 
@@ -35,17 +35,25 @@ _Draft = tuple[int, Array]  # a token, and the distribution it was drawn from
 
 
 class Drafter(Session):
-    """A session of one row that takes several tokens per round."""
+    """A session of one row that takes several tokens per round, after `prepare`.
+
+    `seen` (V) are the tokens that were there before, for the repetition penalty.
+    """
 
     account: DraftAccount
+    sampling: Sampling
+    rng: np.random.Generator
+    seen: Array
     _passes = 0  # over the weights, so far
 
-    def draft(
-        self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> list[_Draft]:
-        """`token` and `count` drafts through the first loops -> the drafts.  seen: V, as it was before."""
+    def prepare(self, account: DraftAccount, sampling: Sampling, rng: np.random.Generator) -> None:
+        """How tokens are chosen, and where it is told what that took."""
+        self.account, self.sampling, self.rng = account, sampling, rng
+        self.seen = np.zeros(self.weights.config.vocab_size, np.bool_)
+
+    def draft(self, token: int, loops: int, count: int) -> list[_Draft]:
+        """`token` and `count` drafts behind it through the first loops -> the drafts."""
         drafts: list[_Draft] = []
-        known = seen.copy() if sampling.repetition_penalty != 1.0 else seen
         for row in range(count + 1):
             began = time.perf_counter()
             self._run_first_loops(token, row, loops)
@@ -53,11 +61,9 @@ class Drafter(Session):
             self._time_pass(1, ran - began, loops)
             if row == count:
                 break
-            guess = probabilities(self._read(loops, row, 1)[0], sampling, known)
-            token = self._drawn(guess, sampling, rng)
+            guess = probabilities(self._read(loops, row, 1)[0], self.sampling, self._seen_with(drafts))
+            token = self._drawn(guess)
             drafts.append((token, guess))
-            if known is not seen:
-                known[token] = True
             self._timed(self.account.choice, time.perf_counter() - ran)
         return drafts
 
@@ -69,52 +75,51 @@ class Drafter(Session):
             self._decoder.run_loop(r, count, 1)
         self._time_pass(count, time.perf_counter() - began, self.loops - loops)
 
-    def judge(
-        self, logits: Floats, drafts: list[_Draft], sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> list[int]:
-        """The tokens that stand: the drafts accepted, then one of the full depth's own.  logits: (drafts + 1) x V.
-
-        seen: V, to which the tokens are added.
-        """
+    def judge(self, logits: Floats, drafts: list[_Draft]) -> list[int]:
+        """The tokens that stand: the drafts accepted, then one of the full depth's own.  logits: (drafts + 1) x V."""
         found: list[int] = []
         for scores, draft in zip(logits, [*drafts, None], strict=True):
-            token, stands = self._judged(scores, draft, sampling, rng, seen)
+            token, stands = self._judged(scores, draft)
             found.append(token)
             if not stands:
                 break
         return found
 
-    def _judged(
-        self, scores: Floats, draft: _Draft | None, sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> tuple[int, bool]:
-        """The token that the full depth lets follow, and whether it is the draft.  scores: V; seen: V, added to."""
-        prob, stands = probabilities(scores, sampling, seen), False
+    def _judged(self, scores: Floats, draft: _Draft | None) -> tuple[int, bool]:
+        """The token that the full depth lets follow, and whether it is the draft.  scores: V."""
+        prob, stands = probabilities(scores, self.sampling, self.seen), False
         if draft is not None:
             token, guess = draft
-            stands = self._accepts(prob, guess, token, rng)
+            stands = self._accepts(prob, guess, token)
             self.account.judged += 1
             self.account.accepted += stands
             prob = prob if stands else remainder(prob, guess)
         if not stands:
-            token = self._drawn(prob, sampling, rng)
-        seen[token] = True
+            token = self._drawn(prob)
+        self.seen[token] = True
         return token, stands
 
-    def _drawn(self, prob: Array, sampling: Sampling, rng: np.random.Generator) -> int:
-        return draw(prob, rng.random()) if sampling.temperature else int(prob.argmax())
+    def _drawn(self, prob: Array) -> int:
+        return draw(prob, self.rng.random()) if self.sampling.temperature else int(prob.argmax())
 
-    def round(
-        self, token: int, loops: int, count: int, sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> Iterator[tuple[int, float]]:
-        """One round behind a token not yet fed -> the tokens that follow it, and their log-probabilities.  seen: V."""
+    def _seen_with(self, drafts: Sequence[_Draft | None]) -> Array:
+        """What a token behind these drafts has before it, where that matters."""
+        if self.sampling.repetition_penalty == 1.0:
+            return self.seen
+        known = self.seen.copy()
+        known[[draft[0] for draft in drafts if draft is not None]] = True
+        return known
+
+    def round(self, token: int, loops: int, count: int) -> Iterator[tuple[int, float]]:
+        """One round behind a token not yet fed -> the tokens that follow it, and their log-probabilities."""
         began = time.perf_counter()
         self.account.begin_round(loops, count)
         self._make_room(count + 1)
-        drafts = self.draft(token, loops, count, sampling, rng, seen)
+        drafts = self.draft(token, loops, count)
         self.check(loops, count + 1)
         ran = time.perf_counter()
         logits = self._read(self.loops, 0, count + 1)
-        found = self.judge(logits, drafts, sampling, rng, seen)
+        found = self.judge(logits, drafts)
         told = [(one, log_probability(scores, one)) for one, scores in zip(found, logits, strict=False)]
         self._keep(len(found), count + 1)
         ended = time.perf_counter()
@@ -124,9 +129,7 @@ class Drafter(Session):
         self.account.tokens += len(found)
         yield from told
 
-    def flow(
-        self, token: int, loops: int, most: int, sampling: Sampling, rng: np.random.Generator, seen: Array
-    ) -> Iterator[tuple[int, float]]:
+    def flow(self, token: int, loops: int, most: int) -> Iterator[tuple[int, float]]:
         """At most so many tokens, as `round` gives them, until one replaces a draft; checks overlap with drafting."""
         decoder, (x, y), gate_logit = self._decoder, self._decoder.states[:2], self._decoder.gate_logit[0]
         # Positions in flight, oldest first, from `filled` on: loops done, and what was drafted behind each.
@@ -154,13 +157,12 @@ class Drafter(Session):
                 continue
             logits = decoder.logits(x[[0] * checked + [rows - 1] * drafted])
             if drafted:
-                known = _with(seen, drafts[:-1]) if sampling.repetition_penalty != 1.0 else seen
-                guess = probabilities(logits[-1], sampling, known)
-                waiting = self._drawn(guess, sampling, rng)
+                guess = probabilities(logits[-1], self.sampling, self._seen_with(drafts[:-1]))
+                waiting = self._drawn(guess)
                 drafts[-1] = (waiting, guess)
                 self.account.drafted += 1
             if checked:
-                token, stands = self._judged(logits[0], drafts.pop(0), sampling, rng, seen)
+                token, stands = self._judged(logits[0], drafts.pop(0))
                 self._keep(1, 1 if stands else rows)
                 rows, given = rows - 1, given + 1
                 x[:rows], done[:rows] = x[1 : rows + 1], done[1 : rows + 1]
@@ -190,8 +192,8 @@ class Drafter(Session):
     def _positions(self, count: int) -> Ints:
         return self.filled + np.arange(count)
 
-    def _accepts(self, prob: Array, guess: Array, token: int, rng: np.random.Generator) -> bool:
-        return accepts(prob, guess, token, rng.random())
+    def _accepts(self, prob: Array, guess: Array, token: int) -> bool:
+        return accepts(prob, guess, token, self.rng.random())
 
     def _keep(self, count: int, run: int) -> None:
         """Of the positions that ran, the first ones hold what was written; later rounds overwrite the others."""
@@ -208,12 +210,6 @@ class Drafter(Session):
         elif account.single_pass.count:
             extra = seconds - passes * account.single_pass.typical
             self._timed(account.further_row, extra, passes * (rows - 1))
-
-
-def _with(seen: Array, drafts: list[_Draft | None]) -> Array:
-    known = seen.copy()
-    known[[draft[0] for draft in drafts if draft is not None]] = True
-    return known
 
 
 def generate_drafted(
@@ -242,42 +238,33 @@ def generate_drafted(
     account.full = full
     planner = Planner(drafts, full, account)
     session = open_session(weights, prompt_ids, full, max_new_tokens, kind, "full", kv_dtype, threads=threads)
-    session.account = account
-    chosen, ends = Sampling() if sampling is None else sampling, frozenset(stop_ids)
-    return _continue(session, planner, np.ascontiguousarray(prompt_ids, np.int64), rng, chosen, max_new_tokens, ends)
+    session.prepare(account, Sampling() if sampling is None else sampling, rng)
+    return _continue(session, planner, np.ascontiguousarray(prompt_ids, np.int64), max_new_tokens, frozenset(stop_ids))
 
 
 def _continue(
-    session: Drafter,
-    planner: Planner,
-    prompt: Ints,
-    rng: np.random.Generator,
-    sampling: Sampling,
-    max_new_tokens: int,
-    stop_ids: frozenset[int],
+    session: Drafter, planner: Planner, prompt: Ints, max_new_tokens: int, stop_ids: frozenset[int]
 ) -> Iterator[Generated]:
     if max_new_tokens < 1:
         return
-    context, last = session.weights.config.max_position_embeddings, session.loops - 1
-    _, logits = feed_prompt(session, prompt, FixedDepth(session.loops))
-    seen = np.zeros(session.weights.config.vocab_size, np.bool_)
-    seen[prompt] = True
-    token, logprob = choose(logits, sampling, rng.random(), seen)
-    seen[token] = True
+    config = session.weights.config
+    last, logits = feed_prompt(session, prompt, FixedDepth(session.loops))
+    session.seen[prompt] = True
+    token, logprob = choose(logits, session.sampling, session.rng.random(), session.seen)
+    session.seen[token] = True
     found: Iterator[tuple[int, float]] = iter([(token, logprob)])
     written, position = 0, prompt.size  # tokens given out, and the position of the next one
     while True:
         for token, logprob in found:
             written += 1
-            finish = why_last(token, stop_ids, written < max_new_tokens, position < context)
+            finish = why_last(token, written, max_new_tokens, position, config, stop_ids)
             yield Generated(token, last, session.loops, logprob, finish)
             if finish is not None:
                 return
             position += 1
         depth, length = planner.choose()
-        most = min(max_new_tokens - written, context - session.filled)
-        found = (
-            session.flow(token, depth, most, sampling, rng, seen)
-            if isinstance(length, str)
-            else session.round(token, depth, min(length, most - 1), sampling, rng, seen)
-        )
+        most = min(max_new_tokens - written, config.max_position_embeddings - session.filled)
+        if isinstance(length, str):
+            found = session.flow(token, depth, most)
+        else:
+            found = session.round(token, depth, min(length, most - 1))

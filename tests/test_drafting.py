@@ -10,7 +10,7 @@ from looplm.decoder import Decoder
 from looplm.draft_plans import FLOW, DraftAccount, Drafts, Length, Planner
 from looplm.drafting import Drafter, generate_drafted
 from looplm.errors import DataError, UsageError
-from looplm.exits import LearnedGate
+from looplm.exits import FixedDepth, LearnedGate
 from looplm.generation import Generated, generate
 from looplm.model import forward
 from looplm.sampling import GREEDY, Sampling, accepts, draw, probabilities, remainder
@@ -32,8 +32,8 @@ def drafted(weights, prompt, drafts: Drafts, **changes) -> list[Generated]:  # t
 
 
 def plain(weights, prompt, **changes) -> list[Generated]:  # type: ignore[no-untyped-def]
-    settings = {"rng": np.random.default_rng(0), "sampling": GREEDY, "max_new_tokens": 24}
-    return list(generate(weights, prompt, rule=LearnedGate(1.0), **{**settings, **changes}))
+    settings = {"rule": LearnedGate(1.0), "rng": np.random.default_rng(0), "sampling": GREEDY, "max_new_tokens": 24}
+    return list(generate(weights, prompt, **{**settings, **changes}))
 
 
 SHAPES = [
@@ -78,6 +78,11 @@ def test_more_loops_than_trained(weights: Weights) -> None:
     ids = np.array([*prompt, *(token.token_id for token in found)])
     logits = forward(weights, ids[None], loops=FULL + 2).logits(FULL + 1)[0]
     assert logits[prompt.size - 1 : -1].argmax(-1).tolist() == ids[prompt.size :].tolist()
+    # So many loops that not every position in flight finds room in a pass.
+    many = {"max_new_tokens": 32}
+    assert drafted(weights, prompt, Drafts(1, FLOW), loops=30, **many) == plain(
+        weights, prompt, rule=FixedDepth(30), **many
+    )
 
 
 def test_the_states_and_keys_left_are_those_of_full_decoding(weights: Weights) -> None:
@@ -114,7 +119,7 @@ def test_it_ends_as_plain_decoding_does(weights: Weights) -> None:
 
 
 class AcceptsAll(Drafter):
-    def _accepts(self, prob: np.ndarray, guess: np.ndarray, token: int, rng: np.random.Generator) -> bool:
+    def _accepts(self, prob: np.ndarray, guess: np.ndarray, token: int) -> bool:
         return True
 
 

@@ -154,7 +154,8 @@ def _print(report: dict[str, Any]) -> None:
         ]
         for each in report["policies"]
     ]
-    print_table(["policy", "bytes/token", "loss", "change", "as full", "loops", "passes", "tokens/s"], rows)
+    size, speed = ("bytes/token", "tokens/s") if wide else ("bytes", "tok/s")
+    print_table(["policy", size, "loss", "change", "as full", "loops", "passes", speed], rows)
     say(
         "against full: change of the loss"
         + (" with its 95 % interval, " if wide else ", ")
