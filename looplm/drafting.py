@@ -257,7 +257,7 @@ def _continue(
     while True:
         for token, logprob in found:
             written += 1
-            finish = why_last(token, written, max_new_tokens, position, config, stop_ids)
+            finish = why_last(token, stop_ids, written < max_new_tokens, position < config.max_position_embeddings)
             yield Generated(token, last, session.loops, logprob, finish)
             if finish is not None:
                 return
