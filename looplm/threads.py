@@ -13,8 +13,6 @@ import threading
 from collections.abc import Callable
 from typing import TypeVar
 
-import numpy as np
-
 from .arrays import Array
 from .kernels import team as kernel
 from .kernels.jit import JIT_DISABLED
@@ -59,13 +57,11 @@ class Team:
 
     def __init__(self, threads: int) -> None:
         self.threads = 1 if JIT_DISABLED else threads
-        self._control = np.zeros(kernel.FIRST_PART + kernel.PART_SIZE * self.threads, np.int64)
-        self._control[kernel.PARTS], self._control[kernel.WORK] = self.threads, kernel.work.address
+        self._control = kernel.control_words(self.threads)
         self._at = self._control.ctypes.data
         self._lock = threading.Lock()
         self._wake = [threading.Event() for _ in range(1, self.threads)]
         for part, event in enumerate(self._wake, 1):
-            self._control[kernel.FIRST_PART + kernel.PART_SIZE * part + kernel.ASLEEP] = 1
             threading.Thread(target=self._help, args=(part, event), name=f"looplm-{part}", daemon=True).start()
 
     def run(self, plan: Array) -> None:

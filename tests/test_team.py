@@ -32,6 +32,7 @@ def small_items(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("looplm.decoder.ITEM_BYTES", 1000)
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("small_items")
 @pytest.mark.parametrize("length", [3, FEW_ROWS + 10])
 @pytest.mark.parametrize("name", FORMATS)
@@ -45,6 +46,7 @@ def test_a_helper_that_never_comes_is_not_waited_for(
     np.testing.assert_array_equal(states(weights, monkeypatch, lonely, length), expected)
 
 
+@pytest.mark.kernels
 @pytest.mark.usefixtures("small_items")
 @pytest.mark.parametrize("threads", [2, 3, 5])
 def test_no_bit_depends_on_who_does_what(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,17 +57,10 @@ def test_no_bit_depends_on_who_does_what(threads: int, monkeypatch: pytest.Monke
         np.testing.assert_array_equal(states(weights, monkeypatch, several, 3), expected)
 
 
-def control_of(parts: int) -> np.ndarray:
-    """Control words of a team without threads."""
-    control = np.zeros(kernel.FIRST_PART + kernel.PART_SIZE * parts, np.int64)
-    control[kernel.PARTS] = parts
-    return control
-
-
 @pytest.mark.parametrize("parts", [1, 2, 3, 7])
 @pytest.mark.parametrize("count", [1, 2, 5, 16])
 def test_every_item_is_taken_once(parts: int, count: int) -> None:
-    control = control_of(parts)
+    control = kernel.control_words(parts)
     taken: list[list[int]] = [[] for _ in range(parts)]
 
     def take(part: int) -> None:
@@ -83,7 +78,7 @@ def test_every_item_is_taken_once(parts: int, count: int) -> None:
 
 
 def test_an_own_part_comes_first() -> None:
-    control = control_of(2)
+    control = kernel.control_words(2)
     kernel._offer(control, 0, 6)
     assert [kernel._take(control, 1) for _ in range(7)] == [3, 4, 5, 0, 1, 2, -1]
 

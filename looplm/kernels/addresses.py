@@ -46,6 +46,20 @@ def _array_at(kind, dtype):
     return plain if JIT_DISABLED else intrinsic(typed)
 
 
+def _rows_at(typing_context, address, rows, columns, step):
+    """Rows of float32 numbers, `step` bytes from one to the next."""
+    array = types.Array(types.float32, 2, "A")
+
+    def emit(context, builder, signature, values):
+        made = context.make_array(array)(context, builder)
+        data, size = builder.inttoptr(values[0], made.data.type), context.get_constant(types.intp, 4)
+        shape, strides = [values[1], values[2]], [values[3], size]
+        populate_array(made, data=data, shape=shape, strides=strides, itemsize=size, meminfo=None)
+        return made._getvalue()
+
+    return array(types.intp, types.intp, types.intp, types.intp), emit
+
+
 floats_at, doubles_at = _array_at(types.float32, np.float32), _array_at(types.float64, np.float64)
 words_at, shorts_at = _array_at(types.uint16, np.uint16), _array_at(types.int16, np.int16)  # words: bfloat16 bits
 signed_bytes_at, longs_at = _array_at(types.int8, np.int8), _array_at(types.int64, np.int64)
@@ -93,6 +107,7 @@ def _look_at(typing_context, array, at):
 
 
 call: Any = intrinsic(_call)
+rows_at: Any = intrinsic(_rows_at)
 add_to: Any = intrinsic(_add_to)
 look_at: Any = intrinsic(_look_at)
 swap: Any = intrinsic(_swap)
@@ -148,6 +163,10 @@ if JIT_DISABLED:
 
     def call(address, arguments):
         return Routine.uncompiled[address](*arguments)
+
+    def rows_at(address, rows, columns, step):
+        memory = floats_at(address, (rows - 1) * step // 4 + columns)
+        return np.lib.stride_tricks.as_strided(memory, (rows, columns), (step, 4))
 
     def add_to(array, at, value):
         array[at] += value

@@ -129,56 +129,68 @@ def _collect(into, width, weight, stride, right, rows, keys, diagonal):
 
 
 @njit
-def _attend(y, lse, q, k, v, keys, start, buffer):
-    batch, queries, heads, channels = q.shape
-    groups = k.shape[2]
-    per_group = heads // groups
+def pack_keys(buffer, k, v):
+    """k, v: PK -> their panels, for `attend_head`, and what is left of the buffer."""
+    keys, channels = k.shape
+    padded_keys = _up(keys, TILE_COLUMNS)
+    key_panels, rest = _cut(buffer, padded_keys * channels)
+    value_panels, rest = _cut(rest, padded_keys * _up(channels, TILE_COLUMNS))
+    _pack_columns(key_panels, k)
+    _pack_panels(value_panels, v, padded_keys)
+    return key_panels, value_panels, rest
+
+
+@njit
+def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
+    """One query head.  y, q: SK, lse: S; the last query sees keys first_key and on, each before it one key less."""
+    queries, channels = q.shape
     scale = np.float32(1.0 / np.sqrt(channels))
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
     stride = padded_keys + TILE_COLUMNS  # a power of two would put a column of scores into one cache set
-    key_panels, rest = _cut(buffer, padded_keys * channels)
-    value_panels, rest = _cut(rest, padded_keys * padded_channels)
-    q_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
+    q_rows, rest = _cut(buffer, QUERY_BLOCK * padded_channels)
     out, scores = _cut(rest, QUERY_BLOCK * padded_channels)
-    for b in range(batch):
-        first_key = start[b]
-        for group in range(groups):
-            _pack_columns(key_panels, k[b, :keys, group])
-            _pack_panels(value_panels, v[b, :keys, group], padded_keys)
+    for begin in range(0, queries, QUERY_BLOCK):
+        rows = min(QUERY_BLOCK, queries - begin)
+        diagonal = keys - queries + begin  # the last key that the block's first query sees
+        _pack_rows(q_rows, padded_channels, q[begin : begin + rows], scale)
+        _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
+        for i in range(rows):
+            row = scores[i * stride : (i + 1) * stride]
+            tile_end = min(diagonal + i // TILE_ROWS * TILE_ROWS + TILE_ROWS, keys)
+            last = diagonal + i
+            if last < first_key:
+                row[:tile_end] = _ZERO
+                lse[begin + i] = _ZERO
+                q_rows[i] = _ZERO
+                continue
+            row[:first_key] = _ZERO
+            row[last + 1 : tile_end] = _ZERO
+            seen = row[first_key : last + 1]
+            highest = _LOWEST
+            for j in range(seen.size):
+                highest = max(highest, seen[j])
+            total = _ZERO
+            for j in range(seen.size):
+                weight = exp32(seen[j] - highest)
+                seen[j] = weight
+                total += weight
+            lse[begin + i] = highest + np.log(total)
+            q_rows[i] = _ONE / total  # the rows of q have been used: their place holds the divisors
+        _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
+        step = y.strides[0] // 4
+        for i in range(rows):
+            _scale_row(y, (begin + i) * step, out, i * padded_channels, channels, q_rows[i])
+
+
+@njit
+def _attend(y, lse, q, k, v, keys, start, buffer):
+    per_group = q.shape[2] // k.shape[2]
+    for b in range(q.shape[0]):
+        for group in range(k.shape[2]):
+            key_panels, value_panels, rest = pack_keys(buffer, k[b, :keys, group], v[b, :keys, group])
             for head in range(group * per_group, (group + 1) * per_group):
-                for begin in range(0, queries, QUERY_BLOCK):
-                    rows = min(QUERY_BLOCK, queries - begin)
-                    diagonal = keys - queries + begin  # the last key that the block's first query sees
-                    block = slice(begin, begin + rows)
-                    _pack_rows(q_rows, padded_channels, q[b, block, head], scale)
-                    _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
-                    for i in range(rows):
-                        row = scores[i * stride : (i + 1) * stride]
-                        tile_end = min(diagonal + i // TILE_ROWS * TILE_ROWS + TILE_ROWS, keys)
-                        last = diagonal + i
-                        if last < first_key:
-                            row[:tile_end] = _ZERO
-                            lse[b, begin + i, head] = _ZERO
-                            q_rows[i] = _ZERO
-                            continue
-                        row[:first_key] = _ZERO
-                        row[last + 1 : tile_end] = _ZERO
-                        seen = row[first_key : last + 1]
-                        highest = _LOWEST
-                        for j in range(seen.size):
-                            highest = max(highest, seen[j])
-                        total = _ZERO
-                        for j in range(seen.size):
-                            weight = exp32(seen[j] - highest)
-                            seen[j] = weight
-                            total += weight
-                        lse[b, begin + i, head] = highest + np.log(total)
-                        q_rows[i] = _ONE / total  # the rows of q have been used: their place holds the divisors
-                    _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
-                    target = y[b, block, head]
-                    step = target.strides[0] // 4
-                    for i in range(rows):
-                        _scale_row(target, i * step, out, i * padded_channels, channels, q_rows[i])
+                own = y[b, :, head], lse[b, :, head], q[b, :, head]
+                attend_head(own[0], own[1], own[2], keys, start[b], key_panels, value_panels, rest)
 
 
 @njit

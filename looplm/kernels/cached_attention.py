@@ -3,8 +3,8 @@
 import numpy as np
 
 from . import plan as field
-from .addresses import call, floats_at, longs_at, words_at
-from .attention import _attend
+from .addresses import call, floats_at, longs_at, rows_at, words_at
+from .attention import attend_head, pack_keys
 from .intrinsics import exp32, round16, widen16
 from .jit import Routine, njit
 from .rope import turn_head
@@ -55,6 +55,13 @@ def _turn_and_append(plan, layer, g):
         place = (((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + where) * channels
         _append(kind, plan[field.KEYS], place, qkv, at + (heads + g) * channels, channels)
         _append(kind, plan[field.VALUES], place, qkv, at + (heads + groups + g) * channels, channels)
+
+
+@njit
+def _widen(source, into, count):
+    words, wide = words_at(source, count), floats_at(into, count)
+    for i in range(count):
+        wide[i] = widen16(words[i])
 
 
 @njit
@@ -126,41 +133,35 @@ def _attend_few(kind: int) -> Routine:
 attend_few = {kind: _attend_few(kind) for kind in (FLOAT32, BFLOAT16)}
 
 
-@njit
-def _attend_block(plan, own, slot, block, b, g, filled):
-    """All query heads of a group, all new positions of a block, through register tiles."""
-    kind, channels, length, heads = plan[field.CACHE_KIND], plan[field.CHANNELS], plan[field.LENGTH], plan[field.HEADS]
-    groups = plan[field.GROUPS]
-    per_group, total, keys = heads // groups, heads + 2 * groups, filled + length
-    size = (4 if kind == FLOAT32 else 2) * channels
-    place = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY]
-    key_floats, value_floats = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size
-    buffer, used = own + plan[field.SCORES], 0
-    if kind == BFLOAT16:
-        for source, into in ((key_floats, buffer), (value_floats, buffer + 4 * keys * channels)):
-            wide, words = floats_at(into, keys * channels), words_at(source, keys * channels)
-            for i in range(keys * channels):
-                wide[i] = widen16(words[i])
-        key_floats, value_floats, used = buffer, buffer + 4 * keys * channels, 2 * keys * channels
-        buffer += 4 * used
-    first = plan[field.QKV] + 4 * channels * (block * length * total)
-    q = floats_at(first, length * total * channels).reshape((1, length, total, channels))
-    out = plan[field.ATTENTION] + 4 * channels * (block * length * heads)
-    y = floats_at(out, length * heads * channels).reshape((1, length, heads, channels))
-    k = floats_at(key_floats, keys * channels).reshape((1, keys, 1, channels))
-    v = floats_at(value_floats, keys * channels).reshape((1, keys, 1, channels))
-    lse = floats_at(own + plan[field.LSE], length * per_group).reshape((1, length, per_group))
-    some = slice(g * per_group, (g + 1) * per_group)
-    start = longs_at(plan[field.START], plan[field.CACHE_BATCH])[b : b + 1]
-    _attend(y[:, :, some], lse, q[:, :, some], k, v, keys, start, floats_at(buffer, plan[field.SCORES_SIZE] - used))
-
-
 @Routine
 def attend_many(plan_at, own, layer, g):
-    """The same for long blocks (`LENGTH` rows each): consecutive positions of one cache row in one loop."""
+    """The same for long blocks (`LENGTH` rows each), through register tiles.
+
+    They must be consecutive positions of one cache row in one loop.
+    """
     plan = longs_at(plan_at, field.FIRST_LAYER)
+    kind, channels, length, heads = plan[field.CACHE_KIND], plan[field.CHANNELS], plan[field.LENGTH], plan[field.HEADS]
+    groups = plan[field.GROUPS]
+    per_group, total, size = heads // groups, heads + 2 * groups, (4 if kind == FLOAT32 else 2) * channels
+    lse = floats_at(own + plan[field.LSE], length)
     _turn_and_append(plan, layer, g)
-    for block in range(plan[field.BATCH]):
-        slot, b, where = _place(plan, block * plan[field.LENGTH], layer)
-        _attend_block(plan, own, slot, block, b, g, where)
+    for first in range(0, plan[field.BATCH] * length, length):
+        slot, b, where = _place(plan, first, layer)
+        place, keys = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY], where + length
+        key_floats, value_floats = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size
+        buffer, used = own + plan[field.SCORES], 0
+        if kind == BFLOAT16:
+            used = 2 * keys * channels
+            _widen(key_floats, buffer, used // 2)
+            _widen(value_floats, buffer + 2 * used, used // 2)
+            key_floats, value_floats = buffer, buffer + 2 * used
+        k, v = rows_at(key_floats, keys, channels, 4 * channels), rows_at(value_floats, keys, channels, 4 * channels)
+        rest = floats_at(buffer + 4 * used, plan[field.SCORES_SIZE] - used)
+        key_panels, value_panels, rest = pack_keys(rest, k, v)
+        for head in range(g * per_group, (g + 1) * per_group):
+            query = plan[field.QKV] + 4 * channels * (first * total + head)
+            out = plan[field.ATTENTION] + 4 * channels * (first * heads + head)
+            q = rows_at(query, length, channels, 4 * channels * total)
+            y = rows_at(out, length, channels, 4 * channels * heads)
+            attend_head(y, lse, q, keys, _start(plan, b), key_panels, value_panels, rest)
     return 0

@@ -13,9 +13,9 @@ Everything is described by a plan: a table of numbers and addresses.  Keys and v
 import numpy as np
 
 from . import plan as field
-from .addresses import call, doubles_at, floats_at
+from .addresses import call, doubles_at, floats_at, longs_at
 from .intrinsics import exp32
-from .jit import njit
+from .jit import Routine, njit
 from .product.stored import FEW_ROWS
 from .rmsnorm import row_rrms
 
@@ -110,9 +110,10 @@ def _swiglu(plan, first, last):
 # ---- phases
 
 
-@njit
-def run_item(plan, plan_at, own, phase, item, count):
+@Routine
+def run_item(plan_at, size, own, phase, item, count):
     """One of a phase's `count` items.  Before the first phase there is one: to begin."""
+    plan = longs_at(plan_at, size)
     width, ff, heads, channels = plan[field.WIDTH_D], plan[field.FEED_FORWARD], plan[field.HEADS], plan[field.CHANNELS]
     which, at = phase % PHASES, field.FIRST_LAYER + phase // PHASES * field.LAYER_SIZE
     normed, attention, branch, y = plan[field.NORMED], plan[field.ATTENTION], plan[field.BRANCH], plan[field.GATE_UP]
@@ -146,11 +147,13 @@ def run_item(plan, plan_at, own, phase, item, count):
     else:
         first, last = _share(plan, width, item, count)
         _product(plan, own, at + field.DOWN, y, 2 * ff, ff, first, last, branch, width)
+    return 0
 
 
-@njit
-def settle(plan, phase):
+@Routine
+def settle(plan_at, size, phase):
     """What lies between a phase and the next: norms, and x made ready for products.  Before the first, phase is -1."""
+    plan = longs_at(plan_at, size)
     width, ff, which = plan[field.WIDTH_D], plan[field.FEED_FORWARD], phase % PHASES
     at, ended = field.FIRST_LAYER + phase // PHASES * field.LAYER_SIZE, phase + 1 == plan[field.PHASE_COUNT]
     matrix, count, x, x_row, columns = field.HEAD, 1, plan[field.X], width, width
@@ -172,6 +175,7 @@ def settle(plan, phase):
                 _gate(plan)
     if not ended:
         _prepare(plan, matrix, count, x, x_row, columns)
+    return 0
 
 
 @njit

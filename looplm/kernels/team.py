@@ -7,6 +7,9 @@ only then: a thread that wakes late finds nothing, and is not waited for.  The t
 phase opens the next.
 """
 
+import numpy as np
+
+from ..arrays import Array
 from . import plan as field
 from .addresses import add_to, call, longs_at, look_at, swap, wait_a_while, wait_for
 from .decoding import PHASES, run_item, settle
@@ -14,10 +17,18 @@ from .jit import Routine, njit
 
 # A team's control words, those that threads wait at on cache lines of their own: commands begun, commands done, items
 # done of this phase; then what the command is about.
-GO, OVER, DONE, PARTS, WORK, PLAN, PHASE, ITEMS, FIRST_PART = 0, 8, 16, 24, 25, 26, 28, 29, 32
+GO, OVER, DONE, PARTS, PLAN, PHASE, ITEMS, WORK, RUN_ITEM, SETTLE, FIRST_PART = 0, 8, 16, 24, 25, 27, 28, 29, 30, 31, 32
 LEFT, ASLEEP, SEEN, PART_SIZE = 0, 8, 9, 16  # of each thread
 
 _PHASE_BITS = 20  # above them in a part's word: a number that no other phase has
+
+
+def control_words(threads: int) -> Array:
+    """Those of a new team, of which all but the first thread sleep."""
+    control = np.zeros(FIRST_PART + PART_SIZE * threads, np.int64)
+    control[PARTS], control[FIRST_PART + PART_SIZE + ASLEEP :: PART_SIZE] = threads, 1
+    control[WORK], control[RUN_ITEM], control[SETTLE] = work.address, run_item.address, settle.address
+    return control
 
 
 @njit
@@ -59,7 +70,7 @@ def _finish(control, plan):
         return
     phase = control[PHASE]
     control[DONE] = 0
-    settle(plan, phase)
+    call(control[SETTLE], (control[PLAN], control[PLAN + 1], phase))
     if phase + 1 == plan[field.PHASE_COUNT]:
         add_to(control, OVER, 1)
     else:
@@ -79,10 +90,10 @@ def work(control_at, number, part):
             looks = wait_a_while(looks)
             continue
         looks = 0
-        plan_at = control[PLAN]
-        plan = longs_at(plan_at, control[PLAN + 1])
+        plan = longs_at(control[PLAN], control[PLAN + 1])
         own = plan[field.OWN] + part * plan[field.OWN_STEP]
-        run_item(plan, plan_at, own, control[PHASE], item, control[ITEMS])
+        arguments = (control[PLAN], control[PLAN + 1], own, control[PHASE], item, control[ITEMS])
+        call(control[RUN_ITEM], arguments)
         _finish(control, plan)
     return 0
 
