@@ -1,6 +1,7 @@
 """What each cache policy costs and gives: the same texts decoded under all of them by turns.
 
-Text is given, so every policy predicts the same tokens after the same past; `full` is what the others are held against.
+Texts are given, so every policy predicts the same targets after the same past; `full` is what the others are held
+against.
 """
 
 import dataclasses
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Ints
 from .cache import POLICIES, Policy
+from .data import Batch
 from .exits import ExitRule
 from .pareto import half_width
 from .stored import StoredWeights
@@ -30,6 +31,7 @@ class PolicyFigures:
     loss: float  # nats
     loss_change: float
     loss_interval: float  # half the 95 % interval of the change; infinite for a single text
+    accuracy: float
     agreement: float  # share of positions whose best token is the same
     mean_loops: float  # before a token is predicted
     passes: float  # over the weights, per token
@@ -38,15 +40,15 @@ class PolicyFigures:
 
 
 def walk_all(
-    weights: Weights | StoredWeights, rule: ExitRule, texts: Sequence[Ints], prompt: int, **session_options: Any
+    weights: Weights | StoredWeights, rule: ExitRule, texts: Sequence[Batch], prompt: int, **session_options: Any
 ) -> Iterator[Walks]:
-    """Every text (S ids, the first `prompt` of them fed at once) under every policy -> after each, everything so far.
+    """Every text (its first `prompt` ids fed at once) under every policy -> after each, everything so far.
 
     The order is turned round from text to text.  The options are those of a Session.
     """
     found: dict[Policy, list[Walk]] = {policy: [] for policy in POLICIES}
     for policy in POLICIES if texts else ():  # kernels are loaded, memory is touched: not measured
-        decode(weights, rule, texts[0][: prompt + 2], prompt, policy=policy, **session_options)
+        decode(weights, rule, texts[0].positions(prompt + 1), prompt, policy=policy, **session_options)
     for turn, text in enumerate(texts):
         for policy in POLICIES if turn % 2 == 0 else reversed(POLICIES):
             found[policy].append(decode(weights, rule, text, prompt, policy=policy, **session_options))
@@ -68,6 +70,7 @@ def _figures(policy: Policy, own: list[Walk], full: list[Walk]) -> PolicyFigures
         statistics.fmean(loss),
         statistics.fmean(change),
         half_width(change),
+        statistics.fmean(walk.accuracy for walk in own),
         statistics.fmean(float((a.best == b.best).mean()) for a, b in pairs),
         statistics.fmean(walk.loops_run for walk in own),
         statistics.fmean(walk.passes for walk in own),

@@ -2,8 +2,9 @@
 
 `decode` walks one text; cache policies are measured with it, too (policies.py).
 
-Text is given, not written: a rule that writes nonsense must not be timed on nonsense.  What is measured is one whole
-step, from token to next-token logits, whatever the rule makes it compute on the way.
+A text is given (a Batch of one row: ids, and what they are held against), not written: a rule that writes nonsense must
+not be timed on nonsense.  What is measured is one whole step, from token to logits, whatever the rule makes it compute
+on the way.
 """
 
 import dataclasses
@@ -16,6 +17,7 @@ import numpy as np
 
 from .arrays import Floats, Ints
 from .calibration import Gate
+from .data import Batch
 from .exits import ExitRule, bind
 from .generation import Session
 from .kernels import cross_entropy_forward
@@ -38,10 +40,12 @@ class Decoded:
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """One text decoded position by position: what that took and gave.  N positions, each predicting the next."""
+    """One text decoded position by position: what that took and gave, at its N positions that have a target."""
 
     loss: Floats  # N, nats
-    best: Ints  # N, the most likely next token
+    best: Ints  # N, the most likely token
+    accuracy: float  # share of the N where that is the target
+    tokens: int  # decoded, with a target or without
     seconds: float
     loops_run: float  # mean
     passes: float  # over the weights per position, those for deferred loops alone included
@@ -50,7 +54,7 @@ class Walk:
     @property
     def ms(self) -> float:
         """Milliseconds per position: the mean, since a median would hide the deep ones."""
-        return 1000.0 * self.seconds / len(self.loss)
+        return 1000.0 * self.seconds / self.tokens
 
 
 def with_gate(weights: Weights, gate: Gate) -> Weights:
@@ -61,9 +65,9 @@ def with_gate(weights: Weights, gate: Gate) -> Weights:
 
 
 def decode_by_turns(
-    competitors: Sequence[tuple[Weights, ExitRule]], texts: Sequence[Ints], prompt: int
+    competitors: Sequence[tuple[Weights, ExitRule]], texts: Sequence[Batch], prompt: int
 ) -> Iterator[list[Decoded]]:
-    """One turn per text (each S ids, the first `prompt` of which are fed at once): all competitors decode it.
+    """One turn per text (the first `prompt` ids of which are fed at once): all competitors decode it.
 
     The order is turned round from turn to turn.  -> after each turn, everything so far, one Decoded per competitor.
     """
@@ -71,7 +75,7 @@ def decode_by_turns(
     bound = [(weights, bind(rule, weights)) for weights, rule in competitors]
     if texts:
         for weights, rule in bound:  # kernels are loaded, memory is touched: not measured
-            decode(weights, rule, texts[0][: prompt + 2], prompt)
+            decode(weights, rule, texts[0].positions(prompt + 1), prompt)
     for turn, text in enumerate(texts):
         order = range(len(bound)) if turn % 2 == 0 else range(len(bound) - 1, -1, -1)
         for index in order:
@@ -82,26 +86,29 @@ def decode_by_turns(
         yield found
 
 
-def decode(weights: Weights | StoredWeights, rule: ExitRule, text: Ints, prompt: int, **session_options: Any) -> Walk:
-    """Feed the first `prompt` ids of a text (S) and decode the rest; the options are those of a Session."""
+def decode(weights: Weights | StoredWeights, rule: ExitRule, text: Batch, prompt: int, **session_options: Any) -> Walk:
+    """Feed the first `prompt` ids of a text and decode the rest; the options are those of a Session."""
+    ids, target = text.input_ids[0], np.ascontiguousarray(text.target[0, prompt:])
     loops = rule.deepest(weights.config.total_ut_steps)
-    session = Session(weights, loops=loops, capacity=len(text), **session_options)
-    session.feed(text[None, :prompt])
-    tokens = len(text) - 1 - prompt
+    session = Session(weights, loops=loops, capacity=len(ids), **session_options)
+    session.feed(ids[None, :prompt])
+    tokens = len(ids) - prompt
     logits: Floats = np.empty((tokens, weights.config.vocab_size), np.float32)
     loops_run, seconds = 0, 0.0
     for s in range(tokens):
-        token = np.ascontiguousarray(text[prompt + s : prompt + s + 1], np.int64)
+        token = np.ascontiguousarray(ids[prompt + s : prompt + s + 1], np.int64)
         began = time.perf_counter()
         exits = session.advance(token, rule)
         logits[s] = session.logits(exits, rule)[0]
         seconds += time.perf_counter() - began
         loops_run += session.loops_run
-    target = np.ascontiguousarray(text[prompt + 1 :], np.int64)
+    counted, best = target >= 0, logits.argmax(axis=1)
     late, cache = session.deferral.passes if session.deferral else 0, session.cache
     return Walk(
-        cross_entropy_forward(logits[None], target[None])[0][0],
-        logits.argmax(axis=1),
+        cross_entropy_forward(logits[None], target[None])[0][0, counted],
+        best[counted],
+        float((best == target)[counted].mean()),
+        tokens,
         seconds,
         loops_run / tokens,
         (loops_run + late) / tokens,

@@ -3,6 +3,7 @@
 import numpy as np
 
 from looplm.config import ModelConfig
+from looplm.data import Batch
 from looplm.settings import InitConfig
 from looplm.weights import Weights, initialise
 
@@ -35,6 +36,11 @@ def random_weights(config: ModelConfig = CONFIG, seed: int = 0) -> Weights:
 
 def random_ids(*shape: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, CONFIG.vocab_size, shape)
+
+
+def batch_of(ids: np.ndarray) -> Batch:
+    """A text, S + 1 ids, as a row of ids and the ids that follow them."""
+    return Batch(ids[None, :-1], ids[None, 1:])
 
 
 def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:

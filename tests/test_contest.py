@@ -15,7 +15,7 @@ from looplm.exits import MEASURED, RULES, FixedDepth, LearnedGate, bind, exit_in
 from looplm.model import forward
 from looplm.pareto import Point, budgets, figure_five, front, half_width, point, spread, standings
 from looplm.weights import Weights
-from random_models import CONFIG, random_ids, random_weights
+from random_models import CONFIG, batch_of, random_ids, random_weights
 
 LOOPS = CONFIG.total_ut_steps
 
@@ -211,7 +211,7 @@ def test_everyone_decodes_every_text_once_a_turn(weights: Weights, monkeypatch: 
     order: list[str] = []
     real = timing.decode
     monkeypatch.setattr(timing, "decode", lambda w, rule, *more: (order.append(str(rule)), real(w, rule, *more))[1])
-    texts = [random_ids(12, seed=seed) for seed in range(3)]
+    texts = [batch_of(random_ids(12, seed=seed)) for seed in range(3)]
     rules = [FixedDepth(1), FixedDepth(LOOPS)]
     *_, found = timing.decode_by_turns([(weights, rule) for rule in rules], texts, 4)
     one, every = "fixed:1", f"fixed:{LOOPS}"
@@ -222,7 +222,7 @@ def test_everyone_decodes_every_text_once_a_turn(weights: Weights, monkeypatch: 
 
 def test_the_loss_of_a_decode_is_the_models(weights: Weights) -> None:
     text = random_ids(12)
-    (found,) = list(timing.decode_by_turns([(weights, LearnedGate(1.0))], [text], 4))[-1]
+    (found,) = list(timing.decode_by_turns([(weights, LearnedGate(1.0))], [batch_of(text)], 4))[-1]
     loss = forward(weights, text[None, :-1]).token_loss(text[None, 1:])[-1, 0, 4:]
     assert found.loss[0] == pytest.approx(float(loss.mean()), rel=1e-5)
 
@@ -231,7 +231,7 @@ def test_another_gate_is_used_and_the_model_left_alone(weights: Weights) -> None
     before = weights.gate_bias.copy()
     eager = Gate(np.zeros_like(weights.gate_weight), np.full(1, 50.0, np.float32))
     other = timing.with_gate(weights, eager)
-    (found,) = list(timing.decode_by_turns([(other, LearnedGate(0.9))], [random_ids(9)], 3))[-1]
+    (found,) = list(timing.decode_by_turns([(other, LearnedGate(0.9))], [batch_of(random_ids(9))], 3))[-1]
     assert found.loops_run == [1.0]
     np.testing.assert_array_equal(weights.gate_bias, before)
     assert dataclasses.asdict(found)["ms_per_token"]

@@ -9,7 +9,10 @@ import pytest
 import tiny_models
 from in_process import looplm, report_of
 from looplm.cache import POLICIES, SHARED
+from looplm.checkpoint import load_model
 from looplm.data import windows
+from looplm.model import forward
+from looplm.tasks.hops import HopsSource
 from looplm_cli.held_out import pieces
 
 QUICK = ("--windows", 4, "--seq-len", 24, "--q", 0.4)
@@ -26,7 +29,7 @@ def report(model: pathlib.Path) -> dict[str, Any]:
 
 
 def test_every_policy_is_held_against_full(report: dict[str, Any]) -> None:
-    assert (report["windows"], report["prompt_tokens"], report["tokens"]) == (4, 6, 4 * 17)
+    assert (report["windows"], report["prompt_tokens"], report["tokens"]) == (4, 6, 4 * 18)
     assert (report["exit"], report["loops"], report["max_deferred"], report["kv_dtype"]) == (
         "gate:0.4",
         4,
@@ -66,7 +69,7 @@ def test_options_reach_the_decoding(model: pathlib.Path, tmp_path: pathlib.Path)
     )
     found = report_of("kv", text, "-m", model, "--seq-len", 24, "--exit", "fixed:1", "--min-loops", 1, *more)
     assert found["data"] == str(text)
-    assert (found["tokens"], found["exit"], found["loops"]) == (3, "fixed:1", 1)
+    assert (found["tokens"], found["exit"], found["loops"]) == (4, "fixed:1", 1)
     assert {each["agreement"] for each in found["policies"]} == {1.0}  # one loop: nothing to share, nothing to defer
     assert {each["loss_interval"] for each in found["policies"]} == {None}
     whole = report_of("kv", text, "-m", model, *QUICK)["policies"][0]["bytes_per_token"]
@@ -82,9 +85,11 @@ def test_pieces_are_whole_windows_without_padding(size: int) -> None:
     ids = np.arange(1, size + 2)
     batches = list(windows(ids, 2, 16))
     found = pieces(batches, 3)
-    assert {len(piece) for piece in found} == {min(16, size + 1)}
+    assert {piece.input_ids.shape for piece in found} == {(1, min(16, size))}
     for piece in found:
-        np.testing.assert_array_equal(piece, ids[piece[0] - 1 :][: len(piece)])
+        (row,), (target,) = piece.input_ids, piece.target
+        np.testing.assert_array_equal(row, ids[row[0] - 1 :][: len(row)])
+        np.testing.assert_array_equal(target, row + 1)
     assert len(found) == max(1, min(3, size // 16))
 
 
@@ -109,7 +114,7 @@ def test_the_terminal_gets_a_table(model: pathlib.Path, report: dict[str, Any], 
         (["--seq-len", "3"], 2, "3 is not in the range"),
         (["--seq-len", "65"], 2, "--seq-len 65 is more than the model's context of 64"),
         (["--prompt-tokens", "0"], 2, "0 is not in the range"),
-        (["--prompt-tokens", "15"], 2, "a prompt of 15 tokens leaves none to decode of pieces of 16"),
+        (["--prompt-tokens", "16"], 2, "a prompt of 16 tokens leaves none to decode of pieces of 16"),
         (["--exit", "kl:x"], 2, "'x' is not a number"),
         (["--q", "0.5", "--exit", "kl:0.1"], 2, "both say when to stop"),
         (["no such text.txt"], 1, "no such text.txt"),
@@ -125,11 +130,30 @@ def test_bad_input_is_two_lines(model: pathlib.Path, arguments: list[str], code:
     assert hint.startswith("hint: ")
 
 
-def test_a_text_too_short_and_a_task_are_refused(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
+def test_of_a_task_answers_count(tmp_path: pathlib.Path) -> None:
+    folder = tiny_models.hops_model(tmp_path / "hops")
+    found = report_of("kv", "-m", folder, "--q", 0.4, "--windows", 3)
+    assert found["data"] == "builtin:hops, new sequences"
+    source = HopsSource(16, 20, seed=0, alphabet=5, max_hops=2)
+    targets = {
+        name: np.concatenate([getattr(b, name) for b in source.validation()]) for name in ("input_ids", "target")
+    }
+    whole = targets["target"][:, -1] >= 0
+    chosen = np.unique(np.linspace(0, whole.sum() - 1, 3).astype(int))
+    ids, target = (targets[name][whole][chosen] for name in ("input_ids", "target"))
+    logits = forward(load_model(folder).weights, ids).logits(-1)[:, 5:]
+    right = [(row.argmax(-1) == wanted)[wanted >= 0].mean() for row, wanted in zip(logits, target[:, 5:], strict=True)]
+    full = next(each for each in found["policies"] if each["policy"] == "full")
+    assert full["accuracy"] == pytest.approx(np.mean(right))
+    assert 0.0 < full["accuracy"] < 1.0
+    out, _ = looplm("kv", "-m", folder, "--windows", 3, width=80)
+    assert "right" in out
+    assert f"{100 * full['accuracy']:.1f} %" in out
+
+
+def test_a_text_too_short_is_refused(model: pathlib.Path, tmp_path: pathlib.Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("a", encoding="utf-8")
     error, hint = looplm("kv", text, "-m", model, code=2, width=300)[1].splitlines()
     assert "leaves none to decode of pieces of" in error
     assert hint == "hint: give a longer text"
-    error, hint = looplm("kv", "-m", tiny_models.hops_model(tmp_path / "hops"), code=1, width=300)[1].splitlines()
-    assert "it is not a language model" in error

@@ -16,7 +16,7 @@ from looplm.sampling import GREEDY
 from looplm.sharing import SharedCache
 from looplm.sizes import key_value_bytes_by_policy
 from looplm.weights import Weights
-from random_models import CONFIG, random_ids, random_weights
+from random_models import CONFIG, batch_of, random_ids, random_weights
 
 LOOPS, LAYERS = CONFIG.total_ut_steps, CONFIG.num_hidden_layers
 BOUNDS = (1, 2, 7, 16, MOST_DEFERRED)
@@ -357,7 +357,7 @@ def test_rows_of_a_batch_are_what_they_are_alone(weights: Weights, policy: Polic
 
 
 def test_figures_are_against_full_on_the_same_texts(weights: Weights) -> None:
-    texts = list(random_ids(3, 20, seed=2))
+    texts = [batch_of(ids) for ids in random_ids(3, 21, seed=2)]
     *_, walks = walk_all(weights, LearnedGate(0.5), texts, 6)
     found = {each.policy: each for each in figures(walks)}
     full, exact = found["full"], found["exact"]
@@ -386,7 +386,7 @@ def test_every_policy_has_its_turn_and_the_order_is_turned_round(
         return real(*given, policy=policy, **more)
 
     monkeypatch.setattr(policies, "decode", watched)
-    list(walk_all(weights, LearnedGate(1.0), list(random_ids(2, 8)), 3))
+    list(walk_all(weights, LearnedGate(1.0), [batch_of(ids) for ids in random_ids(2, 8)], 3))
     assert order == [*POLICIES, *POLICIES, *reversed(POLICIES)]
 
 

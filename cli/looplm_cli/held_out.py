@@ -7,7 +7,6 @@ from looplm.errors import DataError, UsageError
 from looplm_cli.inputs import Opened
 
 if TYPE_CHECKING:
-    from looplm.arrays import Ints
     from looplm.data import Batch
     from looplm.tasks.hops import HopsSource
 
@@ -105,14 +104,20 @@ def halves(batches: "list[Batch]") -> "tuple[list[Batch], list[Batch]]":
     return first, second
 
 
-def pieces(batches: "list[Batch]", count: int) -> "list[Ints]":
-    """Up to `count` windows from all over the data to decode, of equal length and without padding: S ids each."""
+def pieces(batches: "list[Batch]", count: int) -> "list[Batch]":
+    """Up to `count` windows from all over the data to decode, of equal length and without padding, a row each."""
     import numpy as np
 
-    rows, target = (np.concatenate([getattr(b, name) for b in batches]) for name in ("input_ids", "target"))
+    from looplm.data import Batch
+
+    ids, target = (np.concatenate([getattr(b, name) for b in batches]) for name in ("input_ids", "target"))
     whole = target[:, -1] >= 0
-    rows = rows[whole] if whole.any() else rows[:, : np.flatnonzero((target >= 0).any(axis=0))[-1] + 2]
-    return [rows[i] for i in np.unique(np.linspace(0, len(rows) - 1, count).astype(int))]
+    if whole.any():
+        every = Batch(ids[whole], target[whole])
+    else:
+        every = Batch(ids, target).positions(int(np.flatnonzero((target >= 0).any(axis=0))[-1]) + 1)
+    numbers = np.unique(np.linspace(0, len(every.input_ids) - 1, count).astype(int))
+    return [every.rows(slice(i, i + 1)) for i in numbers]
 
 
 def two_halves(data: HeldOut) -> "tuple[list[Batch], list[Batch]]":

@@ -55,25 +55,26 @@ def kv(
 
     Pieces of the held-out text (or the one given) are decoded under each policy by turns: their first tokens are the
     prompt, which runs all loops, and then every token is predicted in turn from what the policy kept of those before
-    it, and replaced by the true one. Everything is held against `full`, where every loop runs for every token. Tokens
-    stop as --q or --exit says, else as calibrated or as the model's own threshold, usually 1: all loops.
+    it, and replaced by the true one (a task's answers are held against its targets). Everything is held against `full`,
+    where every loop runs for every token. Tokens stop as --q or --exit says, else as calibrated or as the model's own
+    threshold, usually 1: all loops.
 
     [bold]looplm kv --q 0.5[/bold]
     """
     from looplm.generation import useful_threads
     from looplm.policies import figures, walk_all
     from looplm_cli.held_out import held_out, pieces
-    from looplm_cli.inputs import check_loops, chosen_rule, deferred_bound, key_value_type, open_stored, refuse_task
+    from looplm_cli.inputs import check_loops, chosen_rule, deferred_bound, key_value_type, open_stored
     from looplm_cli.render import Progress, print_json, say
 
     bound, cache_dtype = deferred_bound("exact", max_deferred), key_value_type(kv_dtype)
-    opened = open_stored(model, weights, refuse_task)
+    opened = open_stored(model, weights)
     rule, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
     depth = rule.deepest(opened.config.total_ut_steps)
     check_loops(opened, None if depth == opened.config.total_ut_steps else depth)
     data = held_out(opened, corpus or [], seq_len, 16, encoding, errors)
     texts = pieces(data.batches, windows)
-    prompt = _prompt(len(texts[0]), prompt_tokens)
+    prompt = _prompt(texts[0].input_ids.shape[1], prompt_tokens)
     if told and not quiet:
         say(told)
     options: dict[str, Any] = {"max_deferred": bound, "kv_dtype": cache_dtype}
@@ -87,7 +88,7 @@ def kv(
         "data": data.name,
         "windows": len(texts),
         "prompt_tokens": prompt,
-        "tokens": sum(walk.loss.size for walk in walks["full"]),
+        "tokens": sum(walk.tokens for walk in walks["full"]),
         "q": q,
         "exit": str(rule),
         "loops": depth,
@@ -98,7 +99,7 @@ def kv(
     if json:
         print_json(report)
     else:
-        _print(report)
+        _print(report, bool(data.max_hops))
 
 
 def _prompt(length: int, wish: int | None) -> int:
@@ -106,10 +107,10 @@ def _prompt(length: int, wish: int | None) -> int:
     from looplm.errors import UsageError
 
     prompt = max(1, length // 4) if wish is None else wish
-    if prompt > length - 2:
+    if prompt > length - 1:
         raise UsageError(
             f"a prompt of {prompt} tokens leaves none to decode of pieces of {length}",
-            f"use at most --prompt-tokens {length - 2}" if length > 2 else "give a longer text",
+            f"use at most --prompt-tokens {length - 1}" if length > 1 else "give a longer text",
         )
     return prompt
 
@@ -123,14 +124,15 @@ def _policy(found: "PolicyFigures", full: "PolicyFigures") -> dict[str, Any]:
         "memory_reduction": full.bytes_per_token / found.bytes_per_token,
         **{
             name: finite(getattr(found, name))
-            for name in ("loss", "loss_change", "loss_interval", "agreement", "mean_loops", "passes")
+            for name in ("loss", "loss_change", "loss_interval", "accuracy", "agreement", "mean_loops", "passes")
         },
         "tokens_per_s": finite(found.tokens_per_s),
         "speed": finite(found.speed),
     }
 
 
-def _print(report: dict[str, Any]) -> None:
+def _print(report: dict[str, Any], task: bool) -> None:
+    """Of a task, the accuracy takes the place of the loss."""
     from looplm_cli.render import print_table, stdout
 
     say = stdout().print
@@ -145,7 +147,7 @@ def _print(report: dict[str, Any]) -> None:
         [
             each["policy"],
             f"{each['bytes_per_token']:,}" + (f" ÷ {each['memory_reduction']:.3g}" if wide else ""),
-            f"{each['loss']:.4f}",
+            f"{100 * each['accuracy']:.1f} %" if task else f"{each['loss']:.4f}",
             f"{each['loss_change']:+.4f}" + (f" ±{_interval(each)}" if wide else ""),
             f"{100 * each['agreement']:.1f} %",
             f"{each['mean_loops']:.2f}",
@@ -155,9 +157,10 @@ def _print(report: dict[str, Any]) -> None:
         for each in report["policies"]
     ]
     size, speed = ("bytes/token", "tokens/s") if wide else ("bytes", "tok/s")
-    print_table(["policy", size, "loss", "change", "as full", "loops", "passes", speed], rows)
+    print_table(["policy", size, "right" if task else "loss", "change", "as full", "loops", "passes", speed], rows)
     say(
-        "against full: change of the loss"
+        ("right: share of answers; " if task else "")
+        + "against full: change of the loss"
         + (" with its 95 % interval, " if wide else ", ")
         + "share of tokens with the same best next token; loops: until a token is predicted; passes: over the weights, "
         "per token",

@@ -14,7 +14,7 @@ PROMPT = "The with statement"
 def quickstart(
     minutes: Annotated[
         float, typer.Option("--minutes", min=0.05, callback=finite, help="Time for the training part.")
-    ] = 1.4,
+    ] = 1.0,
     out_dir: Annotated[
         Path | None,
         typer.Option("--out-dir", "-o", show_default="a new folder under runs/", help="The run folder to write."),

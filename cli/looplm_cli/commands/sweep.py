@@ -20,7 +20,6 @@ from looplm_cli.options import (
 )
 
 if TYPE_CHECKING:
-    from looplm.arrays import Ints
     from looplm.calibration import Gate
     from looplm.contest import Entry, Evidence
     from looplm.data import Batch
@@ -164,10 +163,9 @@ def _timed(
     from looplm_cli.held_out import pieces
 
     rows = pieces(half, turns)
-    whole = len(rows[0])
-    length = min(whole, whole // 4 + decode_tokens + 1)
-    prompt = max(1, min(whole // 4, length - 2))
-    texts: list[Ints] = [rows[turn % len(rows)][:length] for turn in range(turns)]
+    whole = rows[0].input_ids.shape[1]
+    prompt = max(1, min(whole // 4, whole - 1))
+    texts = [rows[turn % len(rows)].positions(prompt + decode_tokens) for turn in range(turns)]
     models = {p.entry.name: with_gate(opened.weights, p.entry.gate) for p in found if p.entry.gate is not None}
     competitors = [(models.get(p.entry.name, opened.weights), make_rule(p.entry.rule, p.threshold)) for p in found]
     for decoded in decode_by_turns(competitors, texts, prompt):
