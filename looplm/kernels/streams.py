@@ -26,7 +26,7 @@ from .plain_streams import DOTS, FLOATS
 from .vectors import WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
-BLOCK = 4  # weight rows that are read side by side
+BLOCK = 4  # weight rows that are read side by side, whose lanes are summed together
 # Rows of x that are multiplied with each of them, for each kind: what registers there are.
 TOGETHER = (4, 4, 2, 2) if WIDTH == 16 else (2, 2, 2, 2)
 CHANNEL_BLOCK = 32  # channels of values that are summed at once
@@ -94,13 +94,21 @@ def _pair_sums(builder, left, right, total):
     return total
 
 
-def _lane_sum(builder, line):
-    """The sum of all lanes, halves added to halves."""
-    while line.type.count > 1:
-        half = line.type.count // 2
-        low, high = (ir.Constant(_vector(_I32, half), list(range(first, first + half))) for first in (0, half))
-        line = builder.fadd(builder.shuffle_vector(line, line, low), builder.shuffle_vector(line, line, high))
-    return builder.extract_element(line, _I32(0))
+def _sums_of_four(builder, lines):
+    """The sums of all lanes of four lines, as one vector: halves added to halves, first two lines in one, then four."""
+
+    def fold(first, second, runs, size):
+        """Runs of `size` lanes, counted through both lines: the first half of each added to the second."""
+        masks = [[run * size + i + half for run in range(runs) for i in range(size // 2)] for half in (0, size // 2)]
+        parts = [ir.Constant(_vector(_I32, len(mask)), mask) for mask in masks]
+        return builder.fadd(*(builder.shuffle_vector(first, second, part) for part in parts))
+
+    width = lines[0].type.count
+    pairs = [fold(lines[i], lines[i + 1], 2, width) for i in (0, 2)]
+    total = fold(*pairs, 4, width // 2)
+    while total.type.count > 4:
+        total = fold(total, total, 4, total.type.count // 4)
+    return total
 
 
 class _Sums:
@@ -116,10 +124,12 @@ class _Sums:
         place = self.places[pair]
         self.builder.store(_multiply_add(self.builder, left, right, self.builder.load(place)), place)
 
-    def total(self, pair, lanes=None):
-        """The sum of its lanes, each times a number of its own."""
-        line = self.builder.load(self.places[pair])
-        return _lane_sum(self.builder, line if lanes is None else self.builder.fmul(line, lanes))
+    def totals(self, i, lanes=None):
+        """The sums of row i of x with the BLOCK weight rows; of each lane times a number of its own."""
+        lines = [self.builder.load(self.places[i, j]) for j in range(BLOCK)]
+        return _sums_of_four(
+            self.builder, lines if lanes is None else [self.builder.fmul(line, lanes) for line in lines]
+        )
 
 
 def _float_columns(builder, sums, weights, lines, scales):
@@ -268,12 +278,14 @@ def _emit_stream(kind, together, context, builder, values):
         _emit_rest(kind, builder, sums, weights, lines, whole, columns)
     stepped = kind == INT4 and _WHOLE_LINES
     worth = ir.Constant(_vector(_F32, 16), [1.0] * 8 + [1 / _STEPPED] * 8) if stepped else None
-    for i, j in pairs:
-        inside = builder.and_(builder.icmp_signed("<", _I64(i), x_count), builder.icmp_signed("<", _I64(j), w_count))
-        total = sums.total((i, j), worth)
-        with builder.if_then(inside):
-            place = builder.add(builder.add(y, builder.mul(y_gap, _I64(j))), builder.mul(y_step, _I64(i)))
-            builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
+    for i in range(together):
+        totals = sums.totals(i, worth)
+        with builder.if_then(builder.icmp_signed("<", _I64(i), x_count)):
+            for j in range(BLOCK):
+                with builder.if_then(builder.icmp_signed("<", _I64(j), w_count)):
+                    place = builder.add(builder.add(y, builder.mul(y_gap, _I64(j))), builder.mul(y_step, _I64(i)))
+                    total = builder.extract_element(totals, _I32(j))
+                    builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
     return context.get_dummy_value()
 
 

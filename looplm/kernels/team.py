@@ -81,7 +81,7 @@ def _finish(control, plan):
 @Routine
 def work(control_at, number, part):
     """A thread's part of a command: items until there are no more phases."""
-    control = longs_at(control_at, PLAN)
+    control = longs_at(control_at, FIRST_PART)
     control = longs_at(control_at, FIRST_PART + PART_SIZE * control[PARTS])
     looks = 0
     while look_at(control, OVER) < number:
@@ -101,7 +101,7 @@ def work(control_at, number, part):
 @Routine
 def command(control_at, plan_at, size):
     """Begin what the plan says and, if every helper is awake, do it -> 1, or 0 if helpers must be woken first."""
-    control = longs_at(control_at, PLAN)
+    control = longs_at(control_at, FIRST_PART)
     control = longs_at(control_at, FIRST_PART + PART_SIZE * control[PARTS])
     control[PLAN], control[PLAN + 1] = plan_at, size
     _offer(control, -1, 1)
@@ -116,7 +116,7 @@ def command(control_at, plan_at, size):
 @Routine
 def lead(control_at):
     """The caller's part of a command that has begun."""
-    control = longs_at(control_at, PLAN)
+    control = longs_at(control_at, FIRST_PART)
     call(control[WORK], (control_at, control[GO], 0))
     return 0
 
@@ -124,7 +124,7 @@ def lead(control_at):
 @Routine
 def help_out(control_at, part, patience):
     """Be a helper until no command has come for so many looks."""
-    control = longs_at(control_at, PLAN)
+    control = longs_at(control_at, FIRST_PART)
     control = longs_at(control_at, FIRST_PART + PART_SIZE * control[PARTS])
     own = FIRST_PART + PART_SIZE * part
     if look_at(control, own + ASLEEP):
