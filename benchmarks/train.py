@@ -146,10 +146,8 @@ def conclusions(rounds: Rounds, flops: float) -> dict[str, Any]:
     best = max(medians, key=medians.__getitem__)
     fp32 = {variant: rate for variant, rate in medians.items() if is_fp32(variant)}
     best_fp32 = max(fp32, key=fp32.__getitem__) if fp32 else None
-    turns = [
-        [rates[number] for rates in rounds.ours.values() if number < len(rates)] for number in range(len(rounds.limit))
-    ]
-    gflops = [statistics.mean(rates) * flops / 1e9 for rates in turns]
+    turns, fp32_turns = (by_round(rates, len(rounds.limit)) for rates in (rounds.ours, rounds.ours_fp32))
+    gflops, fp32_gflops = ([statistics.mean(rates) * flops / 1e9 for rates in each] for each in (turns, fp32_turns))
     peaks = rounds.peak_mib
     return {
         "tokens_per_s": spread([rate for rates in turns for rate in rates]),
@@ -159,6 +157,7 @@ def conclusions(rounds: Rounds, flops: float) -> dict[str, Any]:
         "ratio_fp32": paired(rounds.ours_fp32[best_fp32], rounds.theirs[best_fp32]) if best_fp32 else None,
         "limit_gflops": spread(rounds.limit),
         "share_of_limit": paired(gflops, rounds.limit),
+        "share_of_limit_fp32": paired(fp32_gflops, rounds.limit[: len(fp32_gflops)]) if best_fp32 else None,
         "peak_mib": {side: spread(values) for side, values in peaks.items()},
         "peak_mib_ratio": spread([peaks["ours"][-1] / peaks["eager"][-1]]) if "eager" in peaks else None,
         "variants": {
@@ -166,6 +165,11 @@ def conclusions(rounds: Rounds, flops: float) -> dict[str, Any]:
             for variant, rates in rounds.theirs.items()
         },
     }
+
+
+def by_round(rates: dict[str, list[float]], count: int) -> list[list[float]]:
+    """What all variants' neighbours ran at in each of `count` rounds; none in a round that no variant was asked in."""
+    return [found for n in range(count) if (found := [each[n] for each in rates.values() if n < len(each)])]
 
 
 def show(report: dict[str, Any]) -> None:
@@ -185,6 +189,7 @@ def show(report: dict[str, Any]) -> None:
         [f"fp32: ours / the best ({report['best_fp32_variant']})", *cells(report["ratio_fp32"], 2)],
         ["limit, fp32 products, GFLOP/s", *cells(report["limit_gflops"], 0)],
         ["share of the limit", *cells(report["share_of_limit"], 2)],
+        ["fp32: share of the limit", *cells(report["share_of_limit_fp32"], 2)],
         *([f"peak MiB, {side}", *cells(found, 0)] for side, found in report["peak_mib"].items()),
         ["peak memory: ours / eager", *cells(report["peak_mib_ratio"], 2)],
     ]

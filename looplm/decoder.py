@@ -19,8 +19,8 @@ from .stored import LAYER_NORMS, LAYER_PARTS, StoredWeights
 from .threads import Team
 
 LINE = 16  # floats in a cache line
-ITEM_BYTES = 1 << 16  # weights that a thread takes at once, at least: some microseconds
-MOST_ITEMS = 8  # of a product, for each thread
+ITEM_BYTES = 1 << 15  # weights that a thread takes at once, at least: a microsecond or two
+MOST_ITEMS = 2  # of a product, for each thread: more are shorter streams, which memory is slower to follow
 FEW_UNIT, WIDE_UNIT = 16, 256  # outputs are taken in multiples of it, for a few rows and for many
 
 

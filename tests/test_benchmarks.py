@@ -155,19 +155,20 @@ def test_the_report_has_its_fields(report: Any) -> None:
     assert spreads | {"config", "processor", "kernel_path", "ratio_fp32", "peak_mib_ratio"} <= found.keys()
     assert all(found[name].keys() == {"median", "min", "max"} for name in spreads)
     assert (found["config"], found["kernel_path"], found["processor"]) == ("test", "blas", processor_name())
-    assert found["ratio_fp32"] is found["peak_mib_ratio"] is None  # neither float32 nor eager was run
+    assert found["ratio_fp32"] is found["share_of_limit_fp32"] is found["peak_mib_ratio"] is None  # neither float32 nor eager was run
 
 
 def test_a_share_is_that_of_the_limit_in_the_same_round() -> None:
     rounds = train.Rounds(
         limit=[10.0, 100.0, 40.0],
-        ours={"eager": [4.0, 70.0, 10.0], "eager+bf16": [6.0, 90.0, 30.0]},
-        ours_fp32={"eager": [1.0, 1.0, 1.0]},
-        theirs={"eager": [1.0, 1.0, 1.0], "eager+bf16": [1.0, 1.0, 1.0]},
+        ours={"eager": [4.0, 70.0], "eager+bf16": [6.0, 90.0, 20.0]},
+        ours_fp32={"eager": [2.0, 30.0]},
+        theirs={"eager": [1.0, 1.0], "eager+bf16": [1.0, 1.0, 1.0]},
         peak_mib={"ours": [1.0, 2.0, 2.0], "eager": [4.0, 4.0, 4.0]},
     )
     found = train.conclusions(rounds, flops=1e9)
     assert found["share_of_limit"] == {"median": 0.5, "min": 0.5, "max": 0.8}
+    assert found["share_of_limit_fp32"] == {"median": 0.25, "min": 0.2, "max": 0.3}
     assert found["peak_mib_ratio"]["median"] == 0.5  # the most that either had in the end
 
 
