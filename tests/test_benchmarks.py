@@ -155,7 +155,8 @@ def test_the_report_has_its_fields(report: Any) -> None:
     assert spreads | {"config", "processor", "kernel_path", "ratio_fp32", "peak_mib_ratio"} <= found.keys()
     assert all(found[name].keys() == {"median", "min", "max"} for name in spreads)
     assert (found["config"], found["kernel_path"], found["processor"]) == ("test", "blas", processor_name())
-    assert found["ratio_fp32"] is found["share_of_limit_fp32"] is found["peak_mib_ratio"] is None  # neither float32 nor eager was run
+    # neither float32 nor eager was run
+    assert found["ratio_fp32"] is found["share_of_limit_fp32"] is found["peak_mib_ratio"] is None
 
 
 def test_a_share_is_that_of_the_limit_in_the_same_round() -> None:
