@@ -152,11 +152,19 @@ PRESETS: dict[str, Values] = {
     },
 }
 
-# p-hop induction wants fresh sequences of its own length, and falls into place after about two thousand steps.
+# p-hop induction wants fresh sequences of its own length, and falls into place within two thousand steps.  With the usual
+# entropy weight a loop that is wrong has no share of the loss any more, and two hops are often left to the last loop.
 TASK_SETTINGS: dict[str, Values] = {
     "builtin:hops": {
         "init": {"weight_std": 0.02},
-        "train": {"steps": 3500, "batch_size": 16, "seq_len": 64, "learning_rate": 3e-3, "beta2": 0.98},
+        "train": {
+            "steps": 3500,
+            "batch_size": 16,
+            "seq_len": 64,
+            "learning_rate": 3e-3,
+            "beta2": 0.98,
+            "entropy_weight": 0.5,
+        },
     }
 }
 

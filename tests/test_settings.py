@@ -200,7 +200,7 @@ def test_later_layers_win_over_the_preset() -> None:
 def test_a_task_brings_settings_above_the_preset_and_below_all_else() -> None:
     task = {"data": {"corpus": "builtin:hops"}}
     found = run_config("tiny", task, {"train": {"steps": 5}}).train
-    assert (found.seq_len, found.beta2, found.steps) == (64, 0.98, 5)
+    assert (found.seq_len, found.beta2, found.entropy_weight, found.steps) == (64, 0.98, 0.5, 5)
     assert found.learning_rate == 3e-3
     assert run_config("tiny", {"train": {"seq_len": 32}}, task).train.seq_len == 32
     assert run_config("nano", task, {"model": {"max_position_embeddings": 64}}).model["max_position_embeddings"] == 64
