@@ -152,8 +152,8 @@ PRESETS: dict[str, Values] = {
     },
 }
 
-# p-hop induction wants fresh sequences of its own length, and falls into place within two thousand steps.  With the usual
-# entropy weight a loop that is wrong has no share of the loss any more, and two hops are often left to the last loop.
+# p-hop induction wants fresh sequences of its own length, and falls into place within two thousand steps.  With the
+# usual entropy weight a loop that is wrong soon has no share of the loss, and two hops are often left to the last loop.
 TASK_SETTINGS: dict[str, Values] = {
     "builtin:hops": {
         "init": {"weight_std": 0.02},

@@ -67,10 +67,10 @@ class Team:
     def run(self, plan: Array) -> None:
         """Do what the plan says; one caller at a time."""
         with self._lock:
-            if not kernel.command.call(self._at, plan.ctypes.data, plan.size):
-                for event in self._wake:
+            for part, event in enumerate(self._wake, 1):
+                if kernel.asleep(self._control, part):
                     event.set()
-                kernel.lead.call(self._at)
+            kernel.command.call(self._at, plan.ctypes.data, plan.size)  # one call: an interrupt comes before or after
 
     def _help(self, part: int, event: threading.Event) -> None:
         while True:

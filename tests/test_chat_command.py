@@ -1,13 +1,16 @@
 """`looplm chat`: lines in, answers out, slash commands, Ctrl-C; on a pipe, as JSON and at a terminal."""
 
+import fcntl
 import json
 import os
 import pathlib
 import pty
 import re
 import select
+import signal
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable
 from typing import Any
@@ -171,6 +174,12 @@ def test_an_interrupt_on_a_pipe_ends_it_with_what_was_written(
     assert "(interrupted)" in err
 
 
+def _at_the_terminal() -> None:
+    """The terminal's Ctrl-C is ours; whoever started the tests may have told us to ignore it."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """A program at the other end of a pseudo-terminal."""
 
@@ -180,7 +189,7 @@ class Terminal:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "looplm_cli", *arguments],
             stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
-            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+            preexec_fn=_at_the_terminal,
         )  # fmt: skip
         os.close(theirs)
         self.seen = ""

@@ -301,5 +301,5 @@ def test_quickstart_does_not_train_into_a_folder_that_is_taken(story: str) -> No
     before = contents()
     out, err = looplm("quickstart", "--out-dir", "full", code=1)
     assert err.splitlines() == ["error: full is not empty: it holds thesis.txt", "hint: choose another --out-dir"]
-    assert "$ looplm train --minutes 1.4 --out-dir full" in out
+    assert "$ looplm train --minutes 1 --out-dir full" in out
     assert contents() == before

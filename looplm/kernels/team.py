@@ -31,6 +31,11 @@ def control_words(threads: int) -> Array:
     return control
 
 
+def asleep(control: Array, part: int) -> bool:
+    """Whether a helper waits to be woken."""
+    return bool(control[FIRST_PART + PART_SIZE * part + ASLEEP])
+
+
 @njit
 def _first(control, part):
     return control[ITEMS] * part // control[PARTS]
@@ -100,24 +105,12 @@ def work(control_at, number, part):
 
 @Routine
 def command(control_at, plan_at, size):
-    """Begin what the plan says and, if every helper is awake, do it -> 1, or 0 if helpers must be woken first."""
-    control = longs_at(control_at, FIRST_PART)
+    """Do what the plan says, with the helpers that are awake; one that wakes or sleeps meanwhile is not waited for."""
+    control = longs_at(control_at, PLAN)
     control = longs_at(control_at, FIRST_PART + PART_SIZE * control[PARTS])
     control[PLAN], control[PLAN + 1] = plan_at, size
     _offer(control, -1, 1)
-    number = add_to(control, GO, 1)
-    for part in range(1, control[PARTS]):
-        if look_at(control, FIRST_PART + PART_SIZE * part + ASLEEP):
-            return 0
-    call(control[WORK], (control_at, number, 0))
-    return 1
-
-
-@Routine
-def lead(control_at):
-    """The caller's part of a command that has begun."""
-    control = longs_at(control_at, FIRST_PART)
-    call(control[WORK], (control_at, control[GO], 0))
+    call(control[WORK], (control_at, add_to(control, GO, 1), 0))
     return 0
 
 
