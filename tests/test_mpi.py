@@ -132,7 +132,8 @@ def test_real_ranks_give_what_one_process_gives_with_all_rows(
     undisturbed: tuple[str, pathlib.Path], tmp_path: pathlib.Path
 ) -> None:
     text, calm = undisturbed
-    with start_run(tiny_training.settings(text, steps=STEPS, batch_size=8, precision="fp32"), tmp_path / "alone") as run:
+    settings = tiny_training.settings(text, steps=STEPS, batch_size=8, precision="fp32")
+    with start_run(settings, tmp_path / "alone") as run:
         list(run.reports())
     shared, alone = kill_resume.read_log(calm), kill_resume.read_log(tmp_path / "alone")
     assert len(shared) == len(alone) == STEPS + 1
