@@ -169,8 +169,8 @@ def _documents(raw: bytes, path: pathlib.Path, encoding: str, errors: str) -> li
     return [_text_field(line, f"{path} line {number}", errors) for number, line in lines if line.strip()]
 
 
-def _text_field(line: str, where: str, errors: str) -> str:
-    cure = 'every line is an object such as {"text": "..."}'
+def json_line(line: str, where: str, cure: str) -> dict[str, Any]:
+    """The object on a line of a .jsonl file.  Raises: DataError, with `cure` as its hint, if there is none."""
     try:
         value = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -178,6 +178,12 @@ def _text_field(line: str, where: str, errors: str) -> str:
         raise DataError(f"{where} is not JSON: {seen}", cure) from error
     if not isinstance(value, dict):
         raise DataError(f"{where} is a JSON {type(value).__name__}, not an object", cure)
+    return value
+
+
+def _text_field(line: str, where: str, errors: str) -> str:
+    cure = 'every line is an object such as {"text": "..."}'
+    value = json_line(line, where, cure)
     if "text" not in value:
         raise DataError(f'{where} has no "text" field, only {", ".join(value) or "{}"}', cure)
     if not isinstance(value["text"], str):

@@ -89,7 +89,7 @@ class Decoder:
         self._plan[field.UNIT : field.HEAD_ITEMS + 1] = self._division[wide]
         self._team.run(self._plan)
 
-    def _divided(self, wide: bool) -> list[int]:
+    def _divided(self, wide: bool) -> Ints:
         """How many outputs make a unit, and how many items the phases of a layer and the head are divided into."""
         config, unit, threads = self._weights.config, WIDE_UNIT if wide else FEW_UNIT, self._team.threads
         matrices = [self._weights.matrices[f"model.layers.0.{LAYER_PARTS[i]}.weight"] for i in (3, 4, 6)]
@@ -97,7 +97,7 @@ class Decoder:
         for matrix in (*matrices, self._weights.head):
             most = max(1, matrix.nbytes // ITEM_BYTES)
             items.append(min(-(-matrix.shape[0] // unit), MOST_ITEMS * threads, most) if threads > 1 else 1)
-        return [unit, config.num_key_value_heads, *items]
+        return np.array([unit, config.num_key_value_heads, *items])
 
     def cache_moved(self) -> None:
         """The cache has other memory than before: point there, and make room for attending to all of it."""

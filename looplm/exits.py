@@ -20,14 +20,13 @@ import numpy as np
 from .arrays import Array, Floats, Ints
 from .errors import UsageError
 from .kernels import (
-    exit_distribution_forward,
-    exit_loop,
     prediction_kl,
     relative_change,
     stable_loops,
     top_margin,
     top_probability,
 )
+from .kernels.exit_distribution import has_exited
 from .kernels.product.stored import FEW_ROWS
 from .stored import StoredMatrix, StoredWeights
 from .weights import Weights
@@ -106,12 +105,9 @@ class LearnedGate:
         return loops
 
     def stops(self, hidden: Floats, gate_logit: Floats) -> Array:
-        seen, rows = gate_logit.shape
         if self.exit_threshold >= 1.0:
-            return np.zeros(rows, np.bool_)
-        # One row more, of any value: the last row takes the remainder, and the loops seen are not the last.
-        exit_prob, _ = exit_distribution_forward(gate_logit[[*range(seen), -1]])
-        return exit_loop(exit_prob, self.exit_threshold)[0] < seen
+            return np.zeros(gate_logit.shape[1], np.bool_)
+        return has_exited(gate_logit, self.exit_threshold)
 
 
 @dataclasses.dataclass(frozen=True)

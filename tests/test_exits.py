@@ -23,6 +23,7 @@ from looplm.exits import (
     make_rule,
 )
 from looplm.generation import Session
+from looplm.kernels import exit_distribution_forward, exit_loop
 from looplm.model import Trace, forward
 from looplm.stored import StoredMatrix
 from looplm.weights import Weights
@@ -58,6 +59,20 @@ def stops_of(rule: ExitRule, trace: Trace) -> np.ndarray:
 
 
 # ---- the learned gate
+
+
+@pytest.mark.kernels
+@pytest.mark.plain_python
+@pytest.mark.parametrize("q", [0.0, 0.3, 0.7, 0.999999, 1.0])
+def test_the_gate_stops_where_the_exit_law_of_the_whole_trace_does(q: float) -> None:
+    gate_logit = np.random.default_rng(0).normal(0.0, 4.0, (5, 400)).astype(np.float32)
+    gate_logit[:, :40] = np.sign(gate_logit[:, :40]) * 200.0  # saturated
+    exit_prob, _ = exit_distribution_forward(gate_logit)
+    (expected,) = exit_loop(exit_prob, q)
+    for seen in range(1, 5):
+        stops = LearnedGate(q).stops(np.empty((seen, 400, 1), np.float32), gate_logit[:seen])
+        np.testing.assert_array_equal(stops, expected < seen)
+    assert len(np.unique(expected)) == (1 if q in (0.0, 1.0) else 5)
 
 
 def test_the_gate_stops_where_the_whole_trace_would(trace: Trace) -> None:

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+from looplm.corpus import json_line
 from looplm.errors import DataError
 
 FIELDS = ("prompt", "max_new_tokens", "seed", "id")
@@ -65,13 +66,7 @@ def _plain(where: str, line: str) -> Entry:
 
 
 def _entry(where: str, line: str) -> Entry:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        seen = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-        raise DataError(f"{where} is not JSON: {seen}", EXAMPLE) from error
-    if not isinstance(value, dict):
-        raise DataError(f"{where} is a JSON {type(value).__name__}, not an object", EXAMPLE)
+    value = json_line(line, where, EXAMPLE)
     if "prompt" not in value:
         raise DataError(f'{where} has no "prompt"', EXAMPLE)
     for key, found in value.items():

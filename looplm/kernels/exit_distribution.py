@@ -6,7 +6,7 @@ gives exact zeros and ones, and a finite logarithm.
 
 import numpy as np
 
-from ..arrays import Floats, Ints
+from ..arrays import Array, Floats, Ints
 from .jit import njit
 
 
@@ -65,6 +65,18 @@ def _exit_loop_into(exit_index, exit_prob, exit_threshold):
                 break
 
 
+@njit
+def _has_exited_into(exited, gate_logit, exit_threshold):
+    loops, rows = gate_logit.shape
+    for row in range(rows):
+        log_survival = cdf = 0.0
+        for r in range(loops):
+            z = np.float64(gate_logit[r, row])
+            cdf += np.float64(np.float32(np.exp(log_survival + log_sigmoid(z))))
+            log_survival += log_sigmoid(-z)
+        exited[row] = cdf >= exit_threshold
+
+
 def _flat(x: Floats) -> Floats:
     return np.ascontiguousarray(x).reshape(x.shape[0], -1)
 
@@ -87,3 +99,10 @@ def exit_loop(exit_prob: Floats, exit_threshold: float) -> tuple[Ints]:
     threshold = np.inf if exit_threshold >= 1.0 else float(exit_threshold)
     _exit_loop_into(exit_index.reshape(-1), _flat(exit_prob), threshold)
     return (exit_index,)
+
+
+def has_exited(gate_logit: Floats, exit_threshold: float) -> Array:
+    """Whether `exit_loop` finds an exit among these loops, none of which is the last.  gate_logit: RB -> exited: B"""
+    exited = np.empty(gate_logit.shape[1], np.bool_)
+    _has_exited_into(exited, _flat(gate_logit), float(exit_threshold))
+    return exited
