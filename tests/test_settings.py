@@ -158,8 +158,10 @@ def test_whole_numbers_become_floats_and_numbers_become_text_where_the_field_say
 
 
 def test_how_products_and_backward_run_is_left_to_the_machine_unless_it_is_said() -> None:
-    train = run_config("nano").train
+    train = run_config("tiny").train
     assert (train.recompute, train.precision, train.kernels) == ("auto", "auto", "")
+    assert run_config("nano").train.precision == "fp32"
+    assert run_config("nano", {"data": {"corpus": "builtin:hops"}}).train.precision == "auto"
     given = parse_settings(["train.recompute=none", "train.precision=fp32", "train.kernels=blas"])
     train = run_config("nano", given).train
     assert (train.recompute, train.precision, train.kernels) == ("none", "fp32", "blas")

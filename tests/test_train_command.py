@@ -195,6 +195,15 @@ def test_every_training_flag_reaches_its_setting() -> None:
 # ---- interrupts
 
 
+@pytest.mark.parametrize(
+    ("given", "precision"),
+    [([], "fp32"), (["--kernels", "pairs"], "auto"), (["--kernels", "pairs", "--precision", "bf16"], "bf16")],
+)
+def test_a_path_asked_for_may_have_another_precision_than_the_preset(given: list[str], precision: str) -> None:
+    out, _ = looplm("train", "--preset", "nano", *given, "--show-config")
+    assert yaml.safe_load(out)["train"]["precision"] == precision
+
+
 def test_a_signal_is_a_request_and_the_second_an_order() -> None:
     before = signal.getsignal(signal.SIGTERM)
     for number in (signal.SIGTERM, signal.SIGINT):

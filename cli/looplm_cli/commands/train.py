@@ -110,7 +110,7 @@ def train(
         str | None,
         typer.Option(
             "--precision",
-            show_default="auto",
+            show_default="fp32 for nano, else auto",
             help="Of the matrix products: fp32, bf16, or auto: bf16 where that is clearly quicker.",
             rich_help_panel=MACHINE,
         ),
@@ -169,6 +169,8 @@ def train(
         "train": {"steps": steps, "minutes": minutes, "seed": seed, "prior": prior, "entropy_weight": entropy_weight},
     }
     if resume is None:
+        if kernels is not None and precision is None:
+            precision = "auto"  # that of the path, whatever the preset prefers
         flags["train"] |= {"threads": threads, "precision": precision, "kernels": kernels, "recompute": recompute}
 
     def chosen() -> "RunConfig | None":
