@@ -12,7 +12,7 @@ from .kernels.attention import forward_buffer_size
 from .kernels.cached_attention import attend_few, attend_many
 from .kernels.decoding import PHASES
 from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
-from .kernels.product.widened import multiply_wide
+from .kernels.product.widened import multiply_wide, multiply_wide_pairs
 from .kernels.rope import rope_tables
 from .model_files import EMBEDDING
 from .stored import LAYER_NORMS, LAYER_PARTS, StoredWeights
@@ -81,10 +81,10 @@ class Decoder:
         return found
 
     def _run(self, rows: int) -> None:
-        wide = rows > FEW_ROWS
+        wide, loop = rows > FEW_ROWS, self._plan[field.COMMAND] == field.RUN_LOOP
         if wide:  # not compiled before it is needed
-            self._plan[field.MULTIPLY_WIDE] = multiply_wide.address
-        loop = self._plan[field.COMMAND] == field.RUN_LOOP
+            pairs = loop and self._weights.prompt_precision == "bf16"
+            self._plan[field.MULTIPLY_WIDE] = (multiply_wide_pairs if pairs else multiply_wide).address
         self._plan[field.PHASE_COUNT] = PHASES * self._weights.config.num_hidden_layers if loop else 1
         self._plan[field.UNIT : field.HEAD_ITEMS + 1] = self._division[wide]
         self._team.run(self._plan)

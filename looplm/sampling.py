@@ -6,6 +6,10 @@ import numpy as np
 
 from .arrays import Array, Floats
 from .errors import DataError, UsageError
+from .kernels import choice
+
+LIKELY = 256  # tokens among which those that reach top_p are looked for, before all are sorted
+COLDEST = 1e-3  # a temperature whose inverse float32 exponentials still bear
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +35,12 @@ class Sampling:
         ):
             if not fits:
                 raise UsageError(f"{name}={getattr(self, name)} cannot be used", cure)
+
+    @property
+    def plain(self) -> bool:
+        """Whether only the temperature counts, so that the kernel can choose."""
+        cut = self.top_k or self.top_p < 1.0 or self.min_p
+        return self.repetition_penalty == 1.0 and not cut and (self.temperature == 0.0 or self.temperature >= COLDEST)
 
 
 GREEDY = Sampling(temperature=0.0)
@@ -61,13 +71,24 @@ def probabilities(logits: Floats, sampling: Sampling, seen: Array | None = None)
     prob = np.exp(score)
     prob /= prob.sum()
     if sampling.top_p < 1.0:
-        likely = np.flatnonzero(prob)
-        likely = likely[np.argsort(-prob[likely], kind="stable")]
-        reached = np.cumsum(prob[likely])
-        prob[likely[1:][reached[:-1] >= sampling.top_p]] = 0.0
+        prob = _most_likely(prob, sampling.top_p)
     if sampling.min_p > 0.0:
         prob[prob < sampling.min_p * prob.max()] = 0.0
     return prob / prob.sum()
+
+
+def _most_likely(prob: Array, top_p: float) -> Array:
+    """Zero but for the most likely tokens that together reach `top_p`, of equal ones those of lower ids.  V -> V"""
+    border = np.partition(prob, -LIKELY)[-LIKELY] if prob.size > LIKELY else 0.0
+    likely = np.flatnonzero(prob >= border)
+    if prob[likely].sum() < top_p + 1e-9:  # not these alone, or not beyond what rounding does
+        likely = np.flatnonzero(prob)
+    likely = likely[np.argsort(-prob[likely], kind="stable")]
+    enough = np.cumsum(prob[likely]) >= top_p
+    likely = likely[: 1 + (int(enough.argmax()) if enough[-1] else likely.size)]
+    kept = np.zeros_like(prob)
+    kept[likely] = prob[likely]
+    return kept
 
 
 def draw(prob: Array, coin: float) -> int:
@@ -80,15 +101,17 @@ def draw(prob: Array, coin: float) -> int:
 
 def choose(logits: Floats, sampling: Sampling, coin: float, seen: Array | None = None) -> tuple[int, float]:
     """The next token, and its log-probability under the model itself (nats, before any setting).  logits: V."""
+    if sampling.plain:
+        token_id, logprob = choice.choose(np.ascontiguousarray(logits, np.float32), sampling.temperature, coin)
+        if token_id >= 0:
+            return token_id, logprob
     token_id = draw(probabilities(logits, sampling, seen), coin)
     return token_id, log_probability(logits, token_id)
 
 
 def log_probability(logits: Floats, token_id: int) -> float:
     """Of one token under the model itself, nats.  logits: V."""
-    highest = float(logits.max())
-    log_total = highest + float(np.log(np.exp(logits.astype(np.float64) - highest).sum()))
-    return float(logits[token_id]) - log_total
+    return float(logits[token_id]) - float(choice.log_total(np.ascontiguousarray(logits, np.float32)))
 
 
 def accepts(prob: Array, guess: Array, token_id: int, coin: float) -> bool:

@@ -23,6 +23,8 @@ from .threads import run_all, shards
 from .weights import Weights, parameter_table
 
 Format = Literal["float32", "bfloat16", "int8", "int4"]
+PromptPrecision = Literal["fp32", "bf16"]
+PROMPT_PRECISIONS: tuple[PromptPrecision, ...] = get_args(PromptPrecision)
 FORMATS: tuple[Format, ...] = get_args(Format)
 KINDS: dict[str, int] = dict(zip(FORMATS, (FLOAT32, BFLOAT16, INT8, INT4), strict=True))
 LAYER_PARTS = (  # in the order of a plan
@@ -92,13 +94,18 @@ class StoredMatrix:
 
 
 class StoredWeights:
-    """All tensors of a model; `matrices` by their names in the file, norms and gate as float32 in `floats`."""
+    """All tensors of a model; `matrices` by their names in the file, norms and gate as float32 in `floats`.
+
+    `prompt_precision` is that of products of many rows with the stack: "bf16" rounds both operands to bfloat16, as
+    models stored in it were trained; sums stay float32.  New tokens are decoded in float32 whatever it is.
+    """
 
     def __init__(self, config: ModelConfig, matrices: Mapping[str, StoredMatrix], floats: Mapping[str, Floats]) -> None:
         self.config, self.matrices, self.floats = config, matrices, floats
         self.embedding = matrices[EMBEDDING]  # float32 or bfloat16: it is only looked up in
         self.head = matrices.get(HEAD, self.embedding)
         self.norm = floats["model.norm.weight"]
+        self.prompt_precision: PromptPrecision = "fp32"
         self.gate_weight, self.gate_bias = (floats[f"model.early_exit_gate.{name}"] for name in ("weight", "bias"))
 
     @classmethod

@@ -16,7 +16,7 @@ from .kernels.product.select import measured
 from .kernels.product.stored import FEW_ROWS
 from .objectives import StageTwo
 from .settings import InitConfig, TrainConfig
-from .stored import Format, convert
+from .stored import PROMPT_PRECISIONS, Format, convert
 from .training import Trainer
 from .weights import initialise
 
@@ -49,7 +49,8 @@ def compile_everything() -> Iterator[str]:
     yield "calibration"
     for kv_dtype in get_args(KeyValueType):
         session = Session(weights, threads=2, kv_dtype=kv_dtype)
-        session.feed(np.zeros((1, FEW_ROWS + 1), np.int64))
+        for session.weights.prompt_precision in PROMPT_PRECISIONS:
+            session.feed(np.zeros((1, FEW_ROWS + 1), np.int64))
         session.feed(np.zeros((1, 1), np.int64))
     rules: list[ExitRule] = [LearnedGate(0.5), *(kind(1.0) for kind in MEASURED.values())]
     for rule in rules:

@@ -207,6 +207,7 @@ def test_an_interrupt_leaves_the_text_and_the_account(model: pathlib.Path, monke
         (["--max-deferred", "3"], 2, "--max-deferred 3: nothing waits under --cache last-exited"),
         (["--weights", "int3"], 2, "--weights 'int3' is not known"),
         (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
+        (["--prompt-precision", "bfloat16"], 2, "--prompt-precision 'bfloat16' is not known"),
         (["--threads", "0"], 2, "0 is not in the range"),
         (["--q", "1.5"], 2, "1.5 is not in the range"),
         (["--q", "nan"], 2, "nan is not a finite number"),
@@ -234,6 +235,23 @@ def test_the_weights_may_be_held_in_any_format(model: pathlib.Path, weights: str
     report = report_of(*arguments, "--threads", threads, "--kv-dtype", "bfloat16")
     assert report["tokens"] == 20
     assert report["text"] == report_of(*arguments, "--kv-dtype", "bfloat16")["text"]
+
+
+def test_a_long_prompt_may_be_multiplied_in_bfloat16(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from looplm.decoder import Decoder
+
+    asked, run_loop = [], Decoder.run_loop
+
+    def run(decoder: Decoder, *arguments: int) -> None:
+        asked.append(decoder._weights.prompt_precision)
+        run_loop(decoder, *arguments)
+
+    monkeypatch.setattr(Decoder, "run_loop", run)
+    for precision in ("fp32", "bf16"):
+        report = report_of("generate", "-m", model, "-p", "a" * 40, "-n", 4, "--prompt-precision", precision, "--json")
+        assert report["tokens"] == 4
+        assert set(asked) == {precision}
+        asked.clear()
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -81,6 +81,47 @@ def test_many_draws_follow_the_distribution() -> None:
     np.testing.assert_allclose(counts / 20_000, prob_of(), atol=4 * 0.5 / np.sqrt(20_000))
 
 
+@pytest.mark.parametrize("temperature", [1.0, 0.8, 3.0, 0.05, 0.0])
+@pytest.mark.parametrize("size", [1, 7, 256, 1000, 4099])
+def test_the_kernel_draws_as_the_distribution_says(size: int, temperature: float) -> None:
+    """The same token for the same coin, but where the coin falls within rounding of a border."""
+    rng, settings = np.random.default_rng(size), Sampling(temperature=temperature)
+    for number in range(60):
+        logits = (rng.standard_normal(size) * 4).astype(np.float32)
+        logits[rng.random(size) < 0.1] = -np.inf
+        logits[rng.integers(size)] = 3.0
+        prob = probabilities(logits, settings)
+        coin = (0.0, np.nextafter(1.0, 0.0), rng.random())[min(number, 2)]
+        token, logprob = choose(logits, settings, coin)
+        borders = np.concatenate(([0.0], np.cumsum(prob)))
+        assert prob[token] > 0.0
+        assert borders[token] - 2e-6 <= coin < borders[token + 1] + 2e-6 or temperature == 0.0
+        assert logprob == pytest.approx(np.log(probabilities(logits, Sampling(temperature=1.0))[token]), abs=2e-6)
+        if temperature == 0.0:
+            assert token == logits.argmax()
+
+
+def test_the_general_way_chooses_alike() -> None:
+    """A setting that changes nothing but the way: no token is as unlikely as that."""
+    rng, agreed = np.random.default_rng(2), 0
+    for _ in range(200):
+        logits, coin = rng.standard_normal(600).astype(np.float32), rng.random()
+        agreed += choose(logits, Sampling(), coin)[0] == choose(logits, Sampling(min_p=1e-12), coin)[0]
+    assert agreed >= 199
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.999, 0.999999])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 4.0])
+def test_top_p_of_a_large_vocabulary_is_as_if_all_were_sorted(spread: float, top_p: float) -> None:
+    logits = np.round(np.random.default_rng(3).standard_normal(5000) * spread, 1).astype(np.float32)  # with ties
+    prob = probabilities(logits, Sampling(temperature=1.0))
+    order = np.argsort(-prob, kind="stable")
+    count = 1 + int((np.cumsum(prob[order]) < top_p).sum())
+    found = probabilities(logits, Sampling(temperature=1.0, top_p=top_p))
+    assert abs(np.count_nonzero(found) - count) <= (0 if spread else 1)  # equal shares: the sum may round
+    np.testing.assert_array_equal(np.flatnonzero(found), np.sort(order[: np.count_nonzero(found)]))
+
+
 def test_logprob_is_the_models_own_whatever_the_settings() -> None:
     token, logprob = choose(LOGITS, Sampling(temperature=0.3, top_k=1), 0.9)
     assert token == 1
@@ -98,6 +139,9 @@ def test_inputs_come_back_unchanged() -> None:
 def test_logits_that_are_no_numbers_are_an_error(value: float) -> None:
     with pytest.raises(DataError, match=str(value)):
         probabilities(np.array([0.0, value, 1.0], np.float32), GREEDY)
+    for settings in (GREEDY, Sampling()):
+        with pytest.raises(DataError, match=str(value)):
+            choose(np.array([0.0, value, 1.0], np.float32), settings, 0.5)
 
 
 @pytest.mark.parametrize(

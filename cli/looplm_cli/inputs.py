@@ -17,12 +17,13 @@ if TYPE_CHECKING:
     from looplm.exits import ExitRule
     from looplm.model_files import ModelFiles
     from looplm.special_tokens import SpecialTokens
-    from looplm.stored import StoredWeights
+    from looplm.stored import PromptPrecision, StoredWeights
     from looplm.text import Tokenizer
     from looplm.weights import Weights
 
 
 W = TypeVar("W")
+Choice = TypeVar("Choice", bound=str)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,10 +199,7 @@ def key_value_policy(name: str) -> "Policy":
     """What --cache says.  Raises: UsageError if there is no such policy."""
     from looplm.cache import POLICIES
 
-    for policy in POLICIES:
-        if policy == name:
-            return policy
-    raise UsageError(f"--cache {name!r} is not known", f"use one of {', '.join(POLICIES)}")
+    return _one_of(POLICIES, "--cache", name)
 
 
 def deferred_bound(policy: "Policy", number: int | None) -> int:
@@ -220,10 +218,22 @@ def key_value_type(kv_dtype: str) -> "KeyValueType":
     """What --kv-dtype says.  Raises: UsageError if it is neither type."""
     from looplm.cache import KEY_VALUE_TYPES
 
-    for known in KEY_VALUE_TYPES:
-        if known == kv_dtype:
-            return known
-    raise UsageError(f"--kv-dtype {kv_dtype!r} is not known", "use float32 or bfloat16")
+    return _one_of(KEY_VALUE_TYPES, "--kv-dtype", kv_dtype)
+
+
+def prompt_products(precision: str) -> "PromptPrecision":
+    """What --prompt-precision says.  Raises: UsageError if it is neither."""
+    from looplm.stored import PROMPT_PRECISIONS
+
+    return _one_of(PROMPT_PRECISIONS, "--prompt-precision", precision)
+
+
+def _one_of(known: tuple[Choice, ...], option: str, given: str) -> Choice:
+    for choice in known:
+        if choice == given:
+            return choice
+    listed = " or ".join(known) if len(known) == 2 else f"one of {', '.join(known)}"
+    raise UsageError(f"{option} {given!r} is not known", f"use {listed}")
 
 
 def check_loops(model: Opened, loops: int | None) -> int:

@@ -312,6 +312,16 @@ WeightsOption = Annotated[
         rich_help_panel=MACHINE,
     ),
 ]
+PromptPrecisionOption = Annotated[
+    str,
+    typer.Option(
+        "--prompt-precision",
+        metavar="fp32|bf16",
+        help="Of a long prompt's products: bf16 rounds what is multiplied, and is quicker where the processor has "
+        "bfloat16 dot products. New tokens are always decoded in fp32.",
+        rich_help_panel=MACHINE,
+    ),
+]
 SeedOption = Annotated[int, typer.Option("--seed", "-s", min=0, help="Start of every random choice.")]
 OutDirOption = Annotated[
     Path | None,

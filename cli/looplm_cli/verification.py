@@ -16,10 +16,13 @@ from looplm import kernels
 from looplm.checkpoint import load_model
 from looplm.config import model_config_from_json
 from looplm.errors import VerificationError
+from looplm.generation import Session
 from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path, measured
+from looplm.kernels.product.stored import FEW_ROWS
 from looplm.settings import RECOMPUTE
 from looplm.stored import StoredWeights, convert, is_matrix
+from looplm.weights import Weights
 from looplm_cli.batch_verification import batch_checks, batch_mutants
 from looplm_cli.draft_verification import draft_checks, draft_mutants
 from looplm_cli.engine_candidate import EngineCandidate
@@ -137,7 +140,10 @@ def _training(threads: int) -> Iterator[Check]:
 def _bfloat16_mutants() -> Iterator[Check]:
     for name, (products, in_model) in bfloat16.MUTANTS.items():
         rows = [row for row in bfloat16.first_failures(products, in_model) if row is not None]
-        yield Check(name, len(rows) == 1 + in_model, rows)
+        if in_model:  # a long prompt shows it too
+            wrong = _long_prompt("grouped", bfloat16.model_of(products))
+            rows += [row for row in [contract.first_failure(wrong)] if row is not None]
+        yield Check(name, len(rows) == 1 + 2 * in_model, rows)
 
 
 def _quantized() -> Iterator[Check]:
@@ -193,6 +199,7 @@ def _model(threads: int) -> Iterator[Check]:
             yield _compared(f"{name}: {part}", rows)
         yield _compared(f"{name}: prompt of every length, then cached decode", list(_prefilled(name)))
         yield _compared(f"{name}: cached decode from bfloat16 weights", list(_in_bfloat16(name)))
+        yield _compared(f"{name}: long prompt in bfloat16 products", list(_long_prompt(name)))
 
 
 def _prefilled(name: str) -> Iterator[Row]:
@@ -218,6 +225,21 @@ def _in_bfloat16(name: str) -> Iterator[Row]:
     expected, found = LoopLM(rounded, config).forward(ids), decoded(weights, ids)
     for what, array in found.items():
         yield Row(f"{name}: bfloat16.{what}", contract.relative_error(expected[what], array), judge.TOLERANCE)
+
+
+def _long_prompt(name: str, truth: type[LoopLM] = bfloat16.Bfloat16LoopLM) -> Iterator[Row]:
+    """More positions than are decoded as few, with operands rounded to bfloat16, against a model that rounds them.
+
+    After one loop: further ones make much of an operand that fell the other way.
+    """
+    config = judge.MODELS[name]
+    tensors = {key: np.asarray(value, np.float32) for key, value in judge.random_tensors(config).items()}
+    weights = StoredWeights.of(Weights.from_tensors(model_config_from_json(config, "the judge's model"), tensors))
+    weights.prompt_precision = "bf16"
+    ids = np.random.default_rng(0).integers(0, config["vocab_size"], (2, 1 + FEW_ROWS // 2))
+    expected, found = truth(tensors, config).forward(ids)["hidden"][0], Session(weights, batch=2).feed(ids).hidden[0]
+    error = contract.relative_error(expected, found)
+    yield Row(f"{name}: long prompt.loop1.hidden", error, bfloat16.PROMPT_TOLERANCE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from looplm_cli.options import (
     MinLoopsOption,
     MinPOption,
     ModelOption,
+    PromptPrecisionOption,
     QOption,
     QuietOption,
     RepetitionPenaltyOption,
@@ -61,6 +62,7 @@ def chat(
     quiet: QuietOption = False,
     weights: WeightsOption = None,
     kv_dtype: KvDtypeOption = "float32",
+    prompt_precision: PromptPrecisionOption = "fp32",
     threads: ThreadsOption = None,
 ) -> None:
     """Talk with a model whose folder has a chat template.
@@ -86,11 +88,16 @@ def chat(
         key_value_policy,
         key_value_type,
         open_stored,
+        prompt_products,
         refuse_task,
     )
     from looplm_cli.render import print_warning, say
 
-    policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
+    policy, cache_dtype, precision = (
+        key_value_policy(cache),
+        key_value_type(kv_dtype),
+        prompt_products(prompt_precision),
+    )
     bound = deferred_bound(policy, max_deferred)
     manner = Manner(
         q=q,
@@ -114,6 +121,7 @@ def chat(
             templates[0].check_thinking()
 
     opened = open_stored(model, weights, accept)
+    opened.weights.prompt_precision = precision
     check_loops(opened, loops)
     _, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
     if told and not quiet:

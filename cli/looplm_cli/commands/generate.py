@@ -22,6 +22,7 @@ from looplm_cli.options import (
     MinPOption,
     ModelOption,
     PromptOption,
+    PromptPrecisionOption,
     QOption,
     QuietOption,
     RepetitionPenaltyOption,
@@ -65,6 +66,7 @@ def generate(
     quiet: QuietOption = False,
     weights: WeightsOption = None,
     kv_dtype: KvDtypeOption = "float32",
+    prompt_precision: PromptPrecisionOption = "fp32",
     threads: ThreadsOption = None,
     prompts: Annotated[
         str | None,
@@ -127,6 +129,7 @@ def generate(
         key_value_type,
         open_stored,
         prompt_ids,
+        prompt_products,
         read_prompt,
         refuse_task,
     )
@@ -138,7 +141,11 @@ def generate(
     of_one |= {"--draft-loops": draft_loops, "--draft-tokens": draft_tokens}
     of_one |= {"--budget-loops-per-token": budget_loops_per_token, "--max-ms-per-token": max_ms_per_token}
     check_combination(prompts, {"--batch": batch, "--out": out, "--unordered": unordered or None}, of_one)
-    policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
+    policy, cache_dtype, precision = (
+        key_value_policy(cache),
+        key_value_type(kv_dtype),
+        prompt_products(prompt_precision),
+    )
     bound = deferred_bound(policy, max_deferred)
     wishes = Wishes(
         q=q,
@@ -163,6 +170,7 @@ def generate(
         check_out(out)
         entries = read_entries(prompts)
     opened = open_stored(model, weights)
+    opened.weights.prompt_precision = precision
     refuse_task(opened)
     own_loops = opened.config.total_ut_steps
     decoding = Decoding(opened, wishes, max_new_tokens)

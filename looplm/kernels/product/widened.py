@@ -1,16 +1,18 @@
 """Stored weights as float32: a row of them, and products with many rows.
 
-A block of weight rows is widened to float32 and packed into panels for the register tile, which many rows share.  What
-a row of x gets does not depend on the other rows, nor on which rows of the weight are asked for together.
+A block of weight rows is widened to float32 and packed into panels for the register tile, which many rows share; or,
+where the products may be of bfloat16 numbers, packed as pairs of these, and the rows of x with them.  What a row of x
+gets does not depend on the other rows, nor on which rows of the weight are asked for together.
 """
 
 import numpy as np
 
-from ..addresses import floats_at, signed_bytes_at, words_at
+from ..addresses import floats_at, pairs_at, signed_bytes_at, words_at
 from ..intrinsics import widen16
 from ..jit import Routine, njit
 from ..streams import BFLOAT16, FLOAT32, INT8
 from ..vectors import TILE_COLUMNS, transpose_eight
+from .packing import pair_rows
 from .panels import DEPTH, rows_times_panel
 
 PANEL_BLOCK = 8  # panels that are widened at a time
@@ -73,52 +75,63 @@ def widen_row(kind, codes, scales, columns, n, out):
 
 
 @njit
-def _widen_panel(panels, at, lines, kind, codes, scales, columns, n, last):
-    """Rows n and on, TILE_COLUMNS of them, as a panel: columns x TILE_COLUMNS; zeros beyond the last."""
-    for eight in range(0, TILE_COLUMNS, 8):
-        for j in range(8):
-            line = lines[j * columns : (j + 1) * columns]
-            if n + eight + j < last:
-                widen_row(kind, codes, scales, columns, n + eight + j, line)
-            else:
-                for i in range(columns):
-                    line[i] = _ZERO
-        for k in range(0, columns - 7, 8):
-            transpose_eight(panels, at + k * TILE_COLUMNS + eight, TILE_COLUMNS, lines, k, columns)
-        for k in range(columns // 8 * 8, columns):
-            for j in range(8):
-                panels[at + k * TILE_COLUMNS + eight + j] = lines[j * columns + k]
+def _eight_rows(lines, kind, codes, scales, columns, n, last):
+    """lines: 8 x columns, rows n and on; zeros from the last on."""
+    for j in range(8):
+        line = lines[j * columns : (j + 1) * columns]
+        if n + j < last:
+            widen_row(kind, codes, scales, columns, n + j, line)
+        else:
+            line[:] = _ZERO
 
 
 @njit
-def _tiled(kind, codes, scales, columns, first, last, x, x_row, rows, y, y_row, panels, lines, edge):
-    """The same for many rows: x and y are addresses of floats, their rows steps of floats."""
-    x_flat, y_flat = floats_at(x, rows * x_row), floats_at(y, rows * y_row)
-    run = min(columns, DEPTH)
-    for n in range(first, last, PANEL_BLOCK * TILE_COLUMNS):
-        count = min(PANEL_BLOCK, (last - n + TILE_COLUMNS - 1) // TILE_COLUMNS)
+def _turn(panel, at, lines, line_step, depth):
+    """panel[k, j] = element k of line j, eight lines; the panel begins at `at` and is TILE_COLUMNS wide."""
+    for k in range(0, depth - 7, 8):
+        transpose_eight(panel, at + k * TILE_COLUMNS, TILE_COLUMNS, lines, k, line_step)
+    for k in range(depth // 8 * 8, depth):
+        for j in range(8):
+            panel[at + k * TILE_COLUMNS + j] = lines[j * line_step + k]
+
+
+@njit
+def _widen_panel(panels, at, lines, kind, codes, scales, columns, n, last):
+    """Rows n and on, TILE_COLUMNS of them, as a panel: columns x TILE_COLUMNS; zeros beyond the last."""
+    for eight in range(0, TILE_COLUMNS, 8):
+        _eight_rows(lines, kind, codes, scales, columns, n + eight, last)
+        _turn(panels, at + eight, lines, columns, columns)
+
+
+@njit
+def _pair_panel(panels, at, words, lines, kind, codes, scales, columns, n, last):
+    """The same in words of two bfloat16 numbers: half as deep."""
+    depth = (columns + 1) // 2
+    for eight in range(0, TILE_COLUMNS, 8):
+        if kind == BFLOAT16 and columns % 2 == 0 and n + eight + 8 <= last:  # they are such words where they lie
+            _turn(panels, at + eight, pairs_at(codes + 2 * columns * (n + eight), 8 * depth), depth, depth)
+        else:
+            _eight_rows(lines, kind, codes, scales, columns, n + eight, last)
+            pair_rows(words, lines.reshape((8, columns)), 0, 8, depth)
+            _turn(panels, at + eight, words, depth, depth)
+
+
+@njit
+def _rows_times_block(y, y_at, y_row, x, x_at, x_row, rows, panels, count, depth, outputs, edge):
+    """y (rows x outputs) = x (rows x depth) times `count` panels, the last of which may be wider than is wanted."""
+    run = min(depth, DEPTH)
+    for k in range(0, depth, run):
+        length, left, more = min(run, depth - k), x_at + k, 1 if k else 0
         for p in range(count):
-            at = p * columns * TILE_COLUMNS
-            _widen_panel(panels, at, lines, kind, codes, scales, columns, n + p * TILE_COLUMNS, last)
-        for begin in range(0, rows, WIDE_BLOCK):
-            height = min(WIDE_BLOCK, rows - begin)
-            for k in range(0, columns, run):
-                depth, x_at, more = min(run, columns - k), begin * x_row + k, 1 if k else 0
-                for p in range(count):
-                    column, panel_at = n + p * TILE_COLUMNS, (p * columns + k) * TILE_COLUMNS
-                    if column + TILE_COLUMNS <= last:
-                        y_at = begin * y_row + column - first
-                        rows_times_panel(
-                            y_flat, y_at, y_row, x_flat, x_at, x_row, height, panels, panel_at, depth, more
-                        )
-                    else:
-                        rows_times_panel(
-                            edge, 0, TILE_COLUMNS, x_flat, x_at, x_row, height, panels, panel_at, depth, more
-                        )
-            rest = (last - n) % TILE_COLUMNS if n + PANEL_BLOCK * TILE_COLUMNS > last else 0
-            for i in range(height if rest else 0):
-                for j in range(rest):
-                    y_flat[(begin + i) * y_row + last - rest - first + j] = edge[i * TILE_COLUMNS + j]
+            column, panel_at = p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
+            if column + TILE_COLUMNS <= outputs:
+                rows_times_panel(y, y_at + column, y_row, x, left, x_row, rows, panels, panel_at, length, more)
+            else:
+                rows_times_panel(edge, 0, TILE_COLUMNS, x, left, x_row, rows, panels, panel_at, length, more)
+    rest = outputs % TILE_COLUMNS
+    for i in range(rows if rest else 0):
+        for j in range(rest):
+            y[y_at + i * y_row + outputs - rest + j] = edge[i * TILE_COLUMNS + j]
 
 
 @Routine
@@ -127,10 +140,45 @@ def multiply_wide(kind, codes, scales, columns, first, last, x, x_row, rows, y, 
     size = PANEL_BLOCK * TILE_COLUMNS * columns
     panels, lines = floats_at(scratch, size), floats_at(scratch + 4 * size, 8 * columns)
     edge = floats_at(scratch + 4 * (size + 8 * columns), WIDE_BLOCK * TILE_COLUMNS)
-    _tiled(kind, codes, scales, columns, first, last, x, x_row, rows, y, y_row, panels, lines, edge)
+    left, into = floats_at(x, rows * x_row), floats_at(y, rows * y_row)
+    for n in range(first, last, PANEL_BLOCK * TILE_COLUMNS):
+        outputs = min(PANEL_BLOCK * TILE_COLUMNS, last - n)
+        count = (outputs + TILE_COLUMNS - 1) // TILE_COLUMNS
+        for p in range(count):
+            at, row = p * columns * TILE_COLUMNS, n + p * TILE_COLUMNS
+            _widen_panel(panels, at, lines, kind, codes, scales, columns, row, last)
+        for begin in range(0, rows, WIDE_BLOCK):
+            y_at, x_at, height = begin * y_row + n - first, begin * x_row, min(WIDE_BLOCK, rows - begin)
+            _rows_times_block(into, y_at, y_row, left, x_at, x_row, height, panels, count, columns, outputs, edge)
+    return 0
+
+
+@Routine
+def multiply_wide_pairs(kind, codes, scales, columns, first, last, x, x_row, rows, y, y_row, scratch):
+    """The same of numbers rounded to bfloat16, with float32 sums: through the processor's dot product if it has one."""
+    depth = (columns + 1) // 2
+    size, own = PANEL_BLOCK * TILE_COLUMNS * depth, WIDE_BLOCK * depth
+    panels, words = pairs_at(scratch, size), pairs_at(scratch + 4 * size, own + 8 * depth)
+    lines = floats_at(scratch + 4 * (size + own + 8 * depth), 8 * columns)
+    edge = floats_at(scratch + 4 * (size + own + 8 * depth + 8 * columns), WIDE_BLOCK * TILE_COLUMNS)
+    into = floats_at(y, rows * y_row)
+    for n in range(first, last, PANEL_BLOCK * TILE_COLUMNS):
+        outputs = min(PANEL_BLOCK * TILE_COLUMNS, last - n)
+        count = (outputs + TILE_COLUMNS - 1) // TILE_COLUMNS
+        for p in range(count):
+            at, row = p * depth * TILE_COLUMNS, n + p * TILE_COLUMNS
+            _pair_panel(panels, at, words[own:], lines, kind, codes, scales, columns, row, last)
+        for begin in range(0, rows, WIDE_BLOCK):
+            y_at, height = begin * y_row + n - first, min(WIDE_BLOCK, rows - begin)
+            for row in range(height):
+                line = floats_at(x + 4 * x_row * (begin + row), columns)
+                pair_rows(words[row * depth : (row + 1) * depth], line.reshape((1, columns)), 0, 1, depth)
+            _rows_times_block(into, y_at, y_row, words, 0, depth, height, panels, count, depth, outputs, edge)
     return 0
 
 
 def wide_scratch_size(columns: int) -> int:
-    """Floats of scratch that `multiply_wide` needs for weights of up to so many columns."""
-    return (PANEL_BLOCK * TILE_COLUMNS + 8) * columns + WIDE_BLOCK * TILE_COLUMNS
+    """Floats of scratch that either product needs for weights of up to so many columns."""
+    depth = (columns + 1) // 2
+    widened, paired = PANEL_BLOCK * TILE_COLUMNS * columns, (PANEL_BLOCK * TILE_COLUMNS + WIDE_BLOCK + 8) * depth
+    return max(widened, paired) + 8 * columns + WIDE_BLOCK * TILE_COLUMNS
