@@ -74,7 +74,7 @@ def compare(shape: str, chosen: str, args: argparse.Namespace) -> dict[str, Any]
         "ratio_torch": paired(torch[best]["tokens_per_s"], torch[best]["theirs"]) if best else None,
         "ratio_llama_cpp": paired(llama["tokens_per_s"], llama["theirs"]) if llama else None,
         "prefill_tokens_per_s_per_pass": {
-            "ours": round(ready["prefill_tokens_per_s_per_pass"], 1),
+            **{f"ours, {kind}": round(rate, 1) for kind, rate in ready["prefill_tokens_per_s_per_pass"].items()},
             **{name: round(found["prefill"], 1) for name, found in rivals.items()},
         },
         "rivals": {name: spread(found["theirs"]) for name, found in rivals.items()},

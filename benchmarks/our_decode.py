@@ -20,7 +20,7 @@ from looplm.config import ModelConfig
 from looplm.generation import Session
 from looplm.kernels.jit import njit
 from looplm.quantization import FORMATS, Quantization
-from looplm.stored import StoredMatrix, StoredWeights, is_matrix
+from looplm.stored import PROMPT_PRECISIONS, StoredMatrix, StoredWeights, is_matrix
 from looplm.threads import run_all, shards
 from looplm.weights import parameter_table
 
@@ -82,11 +82,12 @@ class Decoding:
         most = args.prompt + 64
         self.session = Session(self.weights, threads=args.threads, capacity=most, kv_dtype="bfloat16")
         ids = np.random.default_rng(1).integers(1, self.weights.config.vocab_size, args.prompt)
-        for _ in range(2):  # the first loads the kernels
-            self.session.cache.filled = 0
+        self.prefill: dict[str, float] = {}  # tokens/s per pass, by precision
+        for precision in 2 * PROMPT_PRECISIONS:  # the first round loads the kernels
+            self.weights.prompt_precision, self.session.cache.filled = precision, 0
             began = time.perf_counter()
             self.session.feed(ids[None])
-            self.prefill = args.prompt * LOOPS / (time.perf_counter() - began)
+            self.prefill[precision] = args.prompt * LOOPS / (time.perf_counter() - began)
         self.prompt, self.token = args.prompt, np.zeros(1, np.int64)
         self.exit_at = np.full(1, LOOPS - 1, np.int64)
         for _ in range(4):

@@ -20,7 +20,8 @@ if kind == "q8_0" and "missing" in said:
     raise SystemExit("No module named 'llama_cpp'")
 known = {"--read-bytes": [10.0] * 3, "fp32": [2.0] * 3, "bf16": [4.0, 5.0, 10.0], "q8_0": [5.0] * 3}
 rates = iter(known.get(kind, [20.0] * 99))
-ready = {"weight_bytes": 77, "bytes_per_token": 200, "kernel_path": "streams", "prefill_tokens_per_s_per_pass": 9.0}
+prefill = {"fp32": 9.0, "bf16": 11.0} if kind == "--format" else 7.0
+ready = {"weight_bytes": 77, "bytes_per_token": 200, "kernel_path": "streams", "prefill_tokens_per_s_per_pass": prefill}
 assert kind != "--read-bytes" or "--read-bytes 77" in said
 def answer():
     rate = next(rates)
@@ -44,6 +45,8 @@ def test_ratios_are_of_neighbouring_rounds(tmp_path: pathlib.Path, capsys: pytes
     assert found["ratio_torch"] == {"median": 4.0, "min": 2.0, "max": 5.0}
     assert found["ratio_llama_cpp"]["median"] == 4.0
     assert found["format"] == "int8"
+    prefill = found["prefill_tokens_per_s_per_pass"]
+    assert (prefill["ours, fp32"], prefill["ours, bf16"], prefill["PyTorch bf16"]) == (9.0, 11.0, 7.0)
     assert {"processor", "kernel_path", "tokens_per_s"} < found.keys()
 
 
