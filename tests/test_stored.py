@@ -17,10 +17,10 @@ from looplm.model import forward
 from looplm.model_files import open_model
 from looplm.sampling import GREEDY
 from looplm.sizes import key_value_bytes
-from looplm.stored import FORMATS, Format, StoredMatrix, StoredWeights, convert, read_stored
+from looplm.stored import FORMATS, Format, StoredWeights, convert, read_stored
 from looplm.weights import Weights
 from random_models import CONFIG, random_ids, random_weights, relative_error
-from stored_models import in_format
+from stored_models import in_format, wrong
 
 # Float formats differ by the order of sums; in the integer ones x is rounded to 16 bits, to a scale per group.
 PRODUCT_TOLERANCE: dict[Format, float] = {"float32": 1e-6, "bfloat16": 1e-6, "int8": 1e-4, "int4": 1e-4}
@@ -65,17 +65,6 @@ def test_codes_stand_for_what_the_format_says(name: Format) -> None:
             word = matrix.codes[row].view("<u2")[column // 64 * 16 + column % 16]
             code = int(word >> (4 * (column % 64 // 16)) & 15) - 8
         assert found[row, column] == np.float32(code) * scale
-
-
-def wrong(matrix: StoredMatrix, mistake: str) -> StoredMatrix:
-    codes, scales = matrix.codes, matrix.scales
-    if mistake == "scale of the neighbouring group":
-        return dataclasses.replace(matrix, scales=np.roll(scales, 1, axis=1))
-    if mistake == "swapped nibbles":
-        return dataclasses.replace(matrix, codes=codes << np.uint8(4) | codes >> np.uint8(4))
-    if mistake == "zero point of the other sign":
-        return dataclasses.replace(matrix, codes=codes ^ np.uint8(0x88))
-    return dataclasses.replace(matrix, codes=(codes.view(np.uint8) & np.uint8(127)).view(np.int8))
 
 
 @pytest.mark.parametrize(
