@@ -33,7 +33,7 @@ from .model_files import (
     read_json,
     some,
 )
-from .quantization import KEY, Quantized
+from .quantization import KEY, Quantized, row_blocks, scale_name
 from .safetensors_file import TensorFile, tensors_content
 from .weights import Weights, parameter_count, parameter_table
 
@@ -214,8 +214,12 @@ def _read_weights(files: ModelFiles) -> Weights:
             stored = files.stored_matrix(name)
             if isinstance(stored, Quantized):
                 stored.dequantize(out=out)
+                where[scale_name(name)].release(scale_name(name))
             else:
-                where[name].floats(name, out)
+                for rows in row_blocks(slice(0, len(out)), out.size // len(out)):
+                    where[name].floats(name, out[rows], rows)
+                    where[name].release(name, rows)
+            where[name].release(name)
         return weights
     first = where[EMBEDDING]
     begin = first.entries[EMBEDDING].begin

@@ -15,6 +15,7 @@ from .arrays import Array, Floats
 from .atomic import Content, make_folder, replace_files
 from .config import ModelConfig
 from .errors import CheckpointError, UsageError
+from .kernels.finite import count_not_finite
 from .model_files import (
     CONFIG,
     EMBEDDING,
@@ -115,8 +116,10 @@ def _pieces(
                     yield part.codes
             else:
                 yield round_to_bfloat16(values) if parameter.name == EMBEDDING else values
+            files.stored_in[parameter.name].release(parameter.name, rows)
             done += values.size
             progress(done, total)
+        files.stored_in[parameter.name].release(parameter.name)  # what lay between the pieces
         yield from scales
 
 
@@ -128,7 +131,7 @@ def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
 
 def _finite(files: ModelFiles, parameter: Parameter, rows: slice) -> Floats:
     values = np.ascontiguousarray(files.stored_in[parameter.name].floats(parameter.name, rows=rows))
-    wrong = values.size - int(np.isfinite(values).sum())
+    wrong = count_not_finite(values)
     if wrong:
         raise CheckpointError(
             f"{parameter.name}: {wrong} weights in rows {rows.start + 1} to {rows.stop} are not finite numbers",

@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import Array
 from .config import ModelConfig, model_config_from_json
 from .errors import CheckpointError
-from .quantization import FORMATS, Quantization, Quantized, quantization_from_json, scale_name
+from .quantization import FORMATS, Quantization, Quantized, quantization_from_json, row_blocks, scale_name
 from .safetensors_file import READABLE, TensorFile
 from .special_tokens import GENERATION_CONFIG, TEMPLATE_FILE, TOKENIZER_CONFIG, SpecialTokens, special_tokens
 from .weights import parameter_table
@@ -284,7 +284,12 @@ def _check_tensors(
 def _check_tied(head: TensorFile, embedding: TensorFile) -> None:
     """A tied model may repeat its embedding under the head's name; a head of its own would silently be ignored."""
     own, tied = head.stored(HEAD), embedding.stored(EMBEDDING)
-    if own.dtype != tied.dtype or not np.array_equal(own.view(np.uint8), tied.view(np.uint8)):
+    same = own.dtype == tied.dtype
+    for rows in row_blocks(slice(0, len(own)), own.shape[1]) if same else ():
+        same = same and np.array_equal(own[rows].view(np.uint8), tied[rows].view(np.uint8))
+        head.release(HEAD, rows)
+        embedding.release(EMBEDDING, rows)
+    if not same:
         raise CheckpointError(
             f"{head.path}: {HEAD} differs from {EMBEDDING}, but config.json ties them",
             "set tie_word_embeddings to false in config.json",

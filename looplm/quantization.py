@@ -7,7 +7,7 @@ The layout is that of docs/formats.md.  Scales and codes follow the definition o
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -16,16 +16,17 @@ import numpy.typing as npt
 from .arrays import Array, Floats
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
+from .kernels.finite import count_not_finite
 from .kernels.quantization import quantize_rows_into
-from .safetensors_file import round_to_bfloat16, widen_bfloat16
+from .safetensors_file import widen_bfloat16
 
 KEY, METHOD = "quantization_config", "looplm"  # in config.json
 HEAD = "lm_head.weight"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 BLOCK = 64  # columns are padded to a multiple of it, so that a block of codes is half a cache line or a whole one
-CHUNK = 1 << 22  # weights widened to float32 at a time (16 MiB)
-_LEAST_SCALE = np.float32(2.0**-126)  # smaller ones would be subnormal, which processors may read as 0
+CHUNK = 1 << 20  # weights widened to float32 at a time (4 MiB; what is made on the way takes as much a few times)
+ROWS_OF = 1 << 18  # weights rounded at a time: they stay in the cache, and so does what comes of them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +80,24 @@ class Quantized:
     def nbytes(self) -> int:
         return int(self.codes.nbytes + self.scales.nbytes)
 
+    def set_rows(self, rows: slice, weight: Floats, name: str = "the matrix") -> None:
+        """Round some rows of the matrix.  weight: MK
+
+        Raises: CheckpointError that calls it `name`, if a weight is not a finite number.
+        """
+        layout, weight = self.layout, np.ascontiguousarray(weight, np.float32)
+        wrong = count_not_finite(weight)
+        if wrong:
+            raise CheckpointError(
+                f"{name} has {wrong} weights that are not finite numbers", "quantize a model whose weights are sound"
+            )
+        packed = self.format == "int4"
+        codes = np.empty((len(weight), layout.padded(self.shape[1])), np.int8) if packed else self.codes[rows]
+        divisors = np.array(layout.divisors)
+        quantize_rows_into(codes, self.scales[rows], weight, divisors, float(layout.low), float(layout.high))
+        if packed:
+            self.codes[rows] = pack(codes)
+
     def dequantize(self, rows: slice | None = None, out: Floats | None = None) -> Floats:
         """The numbers that some rows (default all) stand for, N x K, exact in float32; written to `out` if given."""
         rows = slice(None) if rows is None else rows
@@ -99,34 +118,23 @@ def quantize_matrix(weight: Floats, fmt: str, name: str = "the matrix") -> Quant
 
     Raises: CheckpointError that calls it `name`, if a weight is not a finite number.
     """
+    made = empty_quantized((weight.shape[0], weight.shape[1]), fmt)
+    for rows in row_blocks(slice(0, len(weight)), weight.shape[1]):
+        made.set_rows(rows, weight[rows], name)
+    return made
+
+
+def empty_quantized(shape: tuple[int, int], fmt: str) -> Quantized:
+    """A matrix of a format whose rows are still to be set."""
     layout = FORMATS[fmt]
-    weight = np.ascontiguousarray(weight, np.float32)
-    if not np.isfinite(weight).all():
-        wrong = int(weight.size - np.isfinite(weight).sum())
-        raise CheckpointError(
-            f"{name} has {wrong} weights that are not finite numbers", "quantize a model whose weights are sound"
-        )
-    shape = (weight.shape[0], weight.shape[1])
-    scale = np.empty(layout.scales_shape(shape), np.float32)
-    codes = np.empty((shape[0], layout.padded(shape[1])), np.int8)
-    candidates = _scale_candidates(weight, layout)
-    quantize_rows_into(codes, scale, weight, candidates, float(layout.low), float(layout.high))
-    return Quantized(fmt, shape, codes if fmt == "int8" else pack(codes), round_to_bfloat16(scale))
+    codes = np.empty(layout.codes_shape(shape), np.int8 if fmt == "int8" else np.uint8)
+    return Quantized(fmt, shape, codes, np.empty(layout.scales_shape(shape), np.uint16))
 
 
-def _scale_candidates(weight: Floats, layout: Format) -> Floats:
-    """NK -> C N G: bfloat16 numbers, held in float32."""
-    rows, columns = weight.shape
-    largest = np.zeros(layout.scales_shape((rows, columns)), np.float32)
-    whole = columns // layout.group
-    size = np.abs(weight)
-    largest[:, :whole] = size[:, : whole * layout.group].reshape(rows, whole, layout.group).max(axis=2)
-    if columns % layout.group:
-        largest[:, whole] = size[:, whole * layout.group :].max(axis=1)
-    exact = largest / np.array(layout.divisors, np.float32)[:, None, None]
-    rounded = widen_bfloat16(round_to_bfloat16(exact))
-    rounded[rounded < _LEAST_SCALE] = 0.0
-    return rounded
+def row_blocks(rows: slice, columns: int) -> Iterator[slice]:
+    """Some rows of a matrix in pieces of at most ROWS_OF weights, but a row at least."""
+    step = max(1, ROWS_OF // max(1, columns))
+    return (slice(begin, min(begin + step, rows.stop)) for begin in range(rows.start, rows.stop, step))
 
 
 def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:

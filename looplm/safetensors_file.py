@@ -58,7 +58,8 @@ class TensorFile:
 
     def __init__(self, path: str | pathlib.Path) -> None:
         self.path = pathlib.Path(path)
-        self._bytes = _map(self.path)
+        self._mapped = _map(self.path)
+        self._bytes = np.frombuffer(self._mapped, np.uint8)
         self.size = len(self._bytes)
         self.entries, self.metadata = _read_header(self.path, self._bytes)
 
@@ -93,6 +94,22 @@ class TensorFile:
         if stored.dtype == np.float32 and stored.flags.aligned:
             return stored
         return stored.astype(np.float32)
+
+    def release(self, name: str, rows: slice | None = None) -> None:
+        """Give back the memory that reading a tensor, or some rows of it, took: mapped pages count as the process's.
+
+        Who looks at it again reads it from the file again, so nobody may have written to its array.  Nothing happens
+        where the system has no such request.
+        """
+        entry = self.entries[name]
+        begin, end = entry.begin, entry.end
+        if rows is not None:
+            row = (end - begin) // entry.shape[0]
+            begin, end = begin + rows.start * row, begin + rows.stop * row
+        begin += -begin % mmap.PAGESIZE  # whole pages: those at the ends are others' too
+        end -= end % mmap.PAGESIZE
+        if begin < end and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
     def run_of_floats(self, begin: int, count: int) -> Floats:
         """`count` float32 numbers from byte `begin` on, mapped: several tensors that lie side by side."""
@@ -187,18 +204,17 @@ def encoded(values: Floats, code: str) -> memoryview:
     return (round_to_bfloat16(whole) if code == "BF16" else whole.astype(READABLE[code], copy=False)).data
 
 
-def _map(path: pathlib.Path) -> npt.NDArray[np.uint8]:
+def _map(path: pathlib.Path) -> mmap.mmap:
     try:
         with path.open("rb") as file:
             # Private and writable: arrays of a read-only mapping would be another type to the compiler, and every
             # kernel would be compiled a second time for them.
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except ValueError:
         raise CheckpointError(f"{path} is empty", AGAIN) from None
     except OSError as error:
         cure = "check the path and its permissions"
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}", cure) from error
-    return np.frombuffer(mapped, np.uint8)
 
 
 def _read_header(path: pathlib.Path, data: npt.NDArray[np.uint8]) -> tuple[dict[str, Entry], dict[str, str]]:

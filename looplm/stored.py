@@ -17,8 +17,8 @@ from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_s
 from .kernels.product.widened import multiply_wide, widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
-from .quantization import Quantization, Quantized, quantize_matrix, scale_name
-from .safetensors_file import round_to_bfloat16, widen_bfloat16
+from .quantization import Quantization, Quantized, empty_quantized, quantize_matrix, row_blocks, scale_name
+from .safetensors_file import TensorFile, round_to_bfloat16, widen_bfloat16
 from .threads import run_all, shards
 from .weights import Weights, parameter_table
 
@@ -160,10 +160,11 @@ def _quantized(found: Quantized) -> StoredMatrix:
     return StoredMatrix(found.format, found.shape, found.codes, found.scales)
 
 
-def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
-    """The weights of a model folder as they are stored there, mapped; or converted, one matrix after the other.
+def read_stored(files: ModelFiles, wanted: str | None = None, threads: int = 1) -> StoredWeights:
+    """The weights of a model folder as they are stored there, mapped; or converted, some rows at a time.
 
-    In the integer formats the head is int8 and the embedding bfloat16, as `looplm quantize` writes them.
+    In the integer formats the head is int8 and the embedding bfloat16, as `looplm quantize` writes them.  Of what is
+    converted nothing stays in memory but what it became.
 
     Raises: CheckpointError if another format is wanted of weights that are integers already.
     """
@@ -187,8 +188,32 @@ def read_stored(files: ModelFiles, wanted: str | None = None) -> StoredWeights:
         into = own if wanted is None or files.quantization else wanted
         if to_integers:
             into = to_integers.format_of(name) or "bfloat16"
-        if into == own == "bfloat16":
+        as_it_lies = stored.dtype == np.uint16 or (stored.dtype == np.float32 and stored.flags.aligned)
+        if into == own and as_it_lies:
             matrices[name] = StoredMatrix(own, (stored.shape[0], stored.shape[1]), stored)
         else:
-            matrices[name] = convert(files.stored_in[name].floats(name), into, name)
+            matrices[name] = _converted(files.stored_in[name], name, into, threads)
     return StoredWeights(files.config, matrices, floats)
+
+
+def _converted(file: TensorFile, name: str, into: str, threads: int) -> StoredMatrix:
+    """A matrix of a file in another format."""
+    shape = (file.entries[name].shape[0], file.entries[name].shape[1])
+    if into in ("int8", "int4"):
+        integers = empty_quantized(shape, into)
+        made = _quantized(integers)
+    else:
+        made = StoredMatrix(into, shape, np.empty(shape, np.uint16 if into == "bfloat16" else np.float32))
+
+    def work(share: slice) -> None:
+        for rows in row_blocks(share, shape[1]):
+            values = file.floats(name, rows=rows)
+            if made.scales is not None:
+                integers.set_rows(rows, values, name)
+            else:
+                made.codes[rows] = round_to_bfloat16(values) if into == "bfloat16" else values
+            file.release(name, rows)
+
+    run_all(work, shards(shape[0], threads))
+    file.release(name)  # pages between two pieces, and those that the system mapped around them
+    return made

@@ -1,8 +1,10 @@
-"""Random models in every stored format."""
+"""Random models in every stored format, and mistakes in reading one."""
+
+import dataclasses
 
 import numpy as np
 
-from looplm.stored import Format, StoredWeights, convert, is_matrix
+from looplm.stored import Format, StoredMatrix, StoredWeights, convert, is_matrix
 from looplm.weights import Weights
 from random_models import random_weights
 
@@ -19,3 +21,15 @@ def in_format(name: Format, weights: Weights | None = None) -> tuple[StoredWeigh
         matrices[tensor] = convert(values, "int8" if own == "int4" and "lm_head" in tensor else own)
         widened[tensor] = matrices[tensor].rows(np.arange(len(values)))
     return StoredWeights(weights.config, matrices, floats), Weights.from_tensors(weights.config, widened)
+
+
+def wrong(matrix: StoredMatrix, mistake: str) -> StoredMatrix:
+    """A matrix of integers as someone reads it who makes this mistake."""
+    codes, scales = matrix.codes, matrix.scales
+    if mistake == "scale of the neighbouring group":
+        return dataclasses.replace(matrix, scales=np.roll(scales, 1, axis=1))
+    if mistake == "swapped nibbles":
+        return dataclasses.replace(matrix, codes=codes << np.uint8(4) | codes >> np.uint8(4))
+    if mistake == "zero point of the other sign":
+        return dataclasses.replace(matrix, codes=codes ^ np.uint8(0x88))
+    return dataclasses.replace(matrix, codes=(codes.view(np.uint8) & np.uint8(127)).view(np.int8))

@@ -187,7 +187,10 @@ def test_reading_a_model_folder_does_not_change_it(tmp_path: pathlib.Path, lines
         before = snapshot(folder)
         looplm("info", "-m", folder)
         looplm("generate", "-m", folder, "-p", "ab", "-n", 3)
+        looplm("generate", "-m", folder, "-p", "ab", "-n", 3, "--weights", "int4")
         looplm("inspect", "-m", folder, "-p", "ab")
+        looplm("quantize", "-m", folder, "--to", "int8", "-o", tmp_path / f"{folder.name}-int8", "--no-report")
+        looplm("verify", folder)
         if folder.name == "model":
             looplm("eval", "-m", folder, "--quiet")
         else:
@@ -240,11 +243,15 @@ def test_a_broken_folder_is_two_lines_whatever_is_asked_of_it(case: str, tmp_pat
     looplm("init", "--like", source, "-o", tmp_path / "m", "--quiet")
     damage, message = BROKEN[case]
     damage(tmp_path / "m")
-    for arguments in (["info"], ["generate", "-p", "a"], ["inspect", "-p", "a"], ["chat"]):
-        if case == "no tokenizer" and arguments == ["info"]:
-            continue  # which describes a model without one
-        _, err = looplm(*arguments, "-m", tmp_path / "m", code=1, width=300)
+    new = tmp_path / "new"
+    quantize = ["quantize", "--to", "int4", "--no-report", "--quiet", "-o", new]
+    for arguments in (["info"], ["generate", "-p", "a"], ["inspect", "-p", "a"], ["chat"], quantize, ["verify"]):
+        if case == "no tokenizer" and arguments[0] in ("info", "quantize", "verify"):
+            continue  # which need none
+        model = [] if arguments == ["verify"] else ["-m"]
+        _, err = looplm(*arguments, *model, tmp_path / "m", code=1, width=300)
         error, hint = err.splitlines()[-2:]
         assert message in error, arguments
         assert hint.startswith("hint: ")
         assert len(err.splitlines()) == 2
+    assert not new.exists()

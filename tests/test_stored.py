@@ -6,7 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from looplm.cache import KeyValueType
+from looplm.batching import Batch, Request
+from looplm.cache import KEY_VALUE_TYPES, KeyValueType
 from looplm.checkpoint import save_model
 from looplm.conversion import quantize_folder
 from looplm.errors import CheckpointError
@@ -20,7 +21,7 @@ from looplm.sizes import key_value_bytes
 from looplm.stored import FORMATS, Format, StoredMatrix, StoredWeights, convert, read_stored
 from looplm.weights import Weights
 from random_models import CONFIG, random_ids, random_weights, relative_error
-from stored_models import in_format
+from stored_models import in_format, wrong
 
 # Float formats differ by the order of sums; in the integer ones x is rounded to 16 bits, to a scale per group.
 PRODUCT_TOLERANCE: dict[Format, float] = {"float32": 1e-6, "bfloat16": 1e-6, "int8": 1e-4, "int4": 1e-4}
@@ -65,17 +66,6 @@ def test_codes_stand_for_what_the_format_says(name: Format) -> None:
             word = matrix.codes[row].view("<u2")[column // 64 * 16 + column % 16]
             code = int(word >> (4 * (column % 64 // 16)) & 15) - 8
         assert found[row, column] == np.float32(code) * scale
-
-
-def wrong(matrix: StoredMatrix, mistake: str) -> StoredMatrix:
-    codes, scales = matrix.codes, matrix.scales
-    if mistake == "scale of the neighbouring group":
-        return dataclasses.replace(matrix, scales=np.roll(scales, 1, axis=1))
-    if mistake == "swapped nibbles":
-        return dataclasses.replace(matrix, codes=codes << np.uint8(4) | codes >> np.uint8(4))
-    if mistake == "zero point of the other sign":
-        return dataclasses.replace(matrix, codes=codes ^ np.uint8(0x88))
-    return dataclasses.replace(matrix, codes=(codes.view(np.uint8) & np.uint8(127)).view(np.int8))
 
 
 @pytest.mark.parametrize(
@@ -181,15 +171,35 @@ def text(weights: StoredWeights | Weights, prompt: np.ndarray, **settings) -> li
     return [token.token_id for token in tokens]
 
 
+def in_a_batch(weights: StoredWeights, prompts: list[np.ndarray], **settings) -> list[list[int]]:  # type: ignore[no-untyped-def]
+    requests = [Request(prompt, np.random.default_rng(0), 20) for prompt in prompts]
+    texts: list[list[int]] = [[] for _ in prompts]
+    for number, token in Batch(weights, requests, rule=ALL_LOOPS, sampling=GREEDY, **settings):
+        texts[number].append(token.token_id)
+    return texts
+
+
+@pytest.mark.parametrize("kv_dtype", KEY_VALUE_TYPES)
 @every_format
-def test_greedy_text_does_not_depend_on_how_it_was_made(name: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_greedy_text_does_not_depend_on_how_it_was_made(
+    name: Format, kv_dtype: KeyValueType, monkeypatch: pytest.MonkeyPatch
+) -> None:
     weights, widened = in_format(name, random_weights(dataclasses.replace(CONFIG, max_position_embeddings=100)))
     prompt = random_ids(60, seed=4)
-    expected = text(weights, prompt)
-    assert text(weights, prompt, threads=2) == expected
+    expected = text(weights, prompt, kv_dtype=kv_dtype)
+    assert len(set(expected)) > 3
+    for threads in (2, 3):
+        assert text(weights, prompt, kv_dtype=kv_dtype, threads=threads) == expected
+    others = [random_ids(size, seed=size) for size in (3, 60, 17)]
+    for rows in (2, 4):
+        together = in_a_batch(weights, [others[0], prompt, *others[1:]], kv_dtype=kv_dtype, rows=rows, threads=2)
+        assert together[1] == expected
+        assert together[0] != together[2] != together[3]
     for rows in (1, 7, 30):
         monkeypatch.setattr("looplm.generation.PREFILL_ROWS", rows)
-        assert text(weights, prompt) == expected
+        assert text(weights, prompt, kv_dtype=kv_dtype) == expected
+    if kv_dtype == "bfloat16":
+        return  # what it rounds, recomputing does not
     ids = list(prompt)
     for token in expected:
         assert int(forward(widened, np.array(ids)[None]).logits(4)[0, -1].argmax()) == token
@@ -213,20 +223,38 @@ def test_the_cache_may_hold_bfloat16(channels: int, kv_dtype: KeyValueType) -> N
 # ---- folders
 
 
-def test_a_bfloat16_folder_is_mapped_not_copied(tmp_path: pathlib.Path) -> None:
-    save_model(tmp_path, random_weights(), None, None, {}, dtype="bfloat16")
-    files = open_model(tmp_path)
+def folder_in(name: Format, folder: pathlib.Path) -> pathlib.Path:
+    if name not in ("int8", "int4"):
+        save_model(folder, random_weights(), None, None, {}, dtype=name)
+        return folder
+    save_model(folder / "floats", random_weights(), None, None, {})
+    return quantize_folder(open_model(folder / "floats"), folder / name, name)
+
+
+@pytest.mark.parametrize("kv_dtype", KEY_VALUE_TYPES)
+@every_format
+def test_weights_are_mapped_and_a_copy_makes_the_same_text(
+    name: Format, kv_dtype: KeyValueType, tmp_path: pathlib.Path
+) -> None:
+    files = open_model(folder_in(name, tmp_path))
     weights = read_stored(files)
-    for name, matrix in weights.matrices.items():
-        assert matrix.format == "bfloat16"
-        assert np.shares_memory(matrix.codes, files.stored_in[name].stored(name))
-    copied = StoredWeights(
-        weights.config,
-        {name: dataclasses.replace(m, codes=m.codes.copy()) for name, m in weights.matrices.items()},
-        weights.floats,
-    )
-    prompt = random_ids(6)
-    assert text(weights, prompt) == text(copied, prompt) == text(read_stored(files, "float32"), prompt)
+    for tensor, matrix in weights.matrices.items():
+        file = files.stored_in[tensor]
+        there = file.stored(tensor) if matrix.scales is None else file.codes(tensor)
+        assert np.shares_memory(matrix.codes, there), tensor
+    assert {matrix.format for tensor, matrix in weights.matrices.items() if ".layers." in tensor} == {name}
+
+    def copy(matrix: StoredMatrix) -> StoredMatrix:
+        scales = None if matrix.scales is None else matrix.scales.copy()
+        return dataclasses.replace(matrix, codes=matrix.codes.copy(), scales=scales)
+
+    copies = {tensor: copy(matrix) for tensor, matrix in weights.matrices.items()}
+    copied = StoredWeights(weights.config, copies, {tensor: value.copy() for tensor, value in weights.floats.items()})
+    for prompt in (random_ids(6), random_ids(30, seed=1)):
+        expected = text(weights, prompt, kv_dtype=kv_dtype)
+        assert text(copied, prompt, kv_dtype=kv_dtype) == expected
+        if name == "bfloat16":
+            assert text(read_stored(files, "float32"), prompt, kv_dtype=kv_dtype) == expected
 
 
 def test_a_folder_may_be_read_in_another_format(tmp_path: pathlib.Path) -> None:

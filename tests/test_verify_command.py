@@ -103,7 +103,7 @@ def test_a_fixture_folder_passes_row_by_row() -> None:
     rows = [line.split() for line in out.splitlines() if line.startswith("  PASS")]
     names = [row[4] for row in rows]
     assert "FAIL" not in out
-    assert len(rows) == 78
+    assert len(rows) == 78 + 8  # those of the file, and states and logits of four loops decoded as stored
     assert names.index("loop1.layer1.q") < names.index("loop1.hidden") < names.index("loop1.logits")
     assert names.index("loop1.logits") < names.index("loop2.hidden") < names.index("exit_prob")
     assert all(float(row[1]) < 3e-5 and float(row[2]) < 1e-7 for row in rows)

@@ -95,9 +95,14 @@ def open_model(path: Path | None, accept: "Callable[[ModelFiles], object]" = lam
 
 
 def open_stored(
-    path: Path | None, wanted: str | None, accept: "Callable[[ModelFiles], object]" = lambda files: None
+    path: Path | None,
+    wanted: str | None,
+    accept: "Callable[[ModelFiles], object]" = lambda files: None,
+    threads: int | None = None,
 ) -> "Opened[StoredWeights]":
     """As `open_model`, but nothing is widened: weights are read as they are stored, or as the format wanted.
+
+    `threads`, default all cores, convert them then.
 
     Raises: what `open_model` raises; UsageError for an unknown format.
     """
@@ -110,7 +115,7 @@ def open_stored(
     files = open_files(resolve_model(None if path is None else str(path)))
     accept(files)
     announce_compilation()
-    weights = read_stored(files, wanted)
+    weights = read_stored(files, wanted, thread_count(threads))
     for warning in files.warnings + finite_warnings(weights.float_arrays):
         print_warning(warning)
     return Opened(files.folder, files.config, weights, files.tokenizer, files.special_tokens, files.provenance)

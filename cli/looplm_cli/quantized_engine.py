@@ -75,7 +75,7 @@ def decoded(weights: StoredWeights, input_ids: Array) -> dict[str, Array]:
     """States and logits of every loop, RBS..., of text that is fed in half and decoded from there on."""
     half = input_ids.shape[1] // 2
     session = Session(weights, batch=len(input_ids), policy="full")
-    states = [session.feed(input_ids[:, :half]).hidden]
+    states = [session.feed(input_ids[:, :half]).hidden] if half else []
     for column in np.ascontiguousarray(input_ids[:, half:].T):
         session.advance(column, LearnedGate(1.0))
         states.append(session.hidden[:, :, None].copy())

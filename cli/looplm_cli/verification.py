@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from looplm import kernels
+from looplm.arrays import Array
 from looplm.checkpoint import load_model
-from looplm.config import model_config_from_json
+from looplm.config import ModelConfig, model_config_from_json
 from looplm.errors import VerificationError
 from looplm.generation import Session
 from looplm.kernels.linear import linear_on
@@ -28,6 +29,7 @@ from looplm_cli.draft_verification import draft_checks, draft_mutants
 from looplm_cli.engine_candidate import EngineCandidate
 from looplm_cli.policy_engine import policy_checks, policy_mutants
 from looplm_cli.quantized_engine import CANDIDATES, decoded, engine_rounding
+from looplm_cli.stored_verification import check_size, stored_rows
 from looplm_reference import bfloat16, contract, fixture, fixture_judge, judge, mutants, ops, quantized_judge
 from looplm_reference.contract import Row
 from looplm_reference.model import LoopLM
@@ -275,16 +277,18 @@ class FixtureReport:
 
 
 def verify_folder(folder: pathlib.Path, threads: int) -> FixtureReport:
-    """Run engine and reference against a fixture folder.
+    """Run engine and reference against a fixture folder, or the engine against the reference's answers for a model.
 
-    Raises: VerificationError if it is not one; CheckpointError or ConfigError for a damaged model.
+    Raises: VerificationError if it is neither, or too large; CheckpointError or ConfigError for a damaged model.
     """
-    if not (folder / "expected.npz").is_file():
+    alone = (folder / "config.json").is_file()
+    model = folder if alone else folder / "model"
+    if not alone and not (folder / "expected.npz").is_file():
         raise _no_fixture(f"{folder} has no expected.npz")
-    loaded = load_model(folder / "model")
-    settings, warnings = _settings(folder / "fixture.yaml")
+    loaded = load_model(model, check_size)
+    settings, warnings = ({}, []) if alone else _settings(folder / "fixture.yaml")
     try:
-        found = fixture.load(folder, settings)
+        found = fixture.of_model(model, _ids(loaded.config)) if alone else fixture.load(folder, settings)
     except fixture.FixtureError as error:
         raise _no_fixture(str(error)) from error
     engine, tensors = EngineCandidate(threads), loaded.weights.tensors
@@ -293,11 +297,20 @@ def verify_folder(folder: pathlib.Path, threads: int) -> FixtureReport:
     rows = [Comparison(row.name, row, other) for row, other in zip(theirs, ours, strict=True)]
     failed = not all(row.ok for row in rows)
     leaves = fixture_judge.first_difference(engine, found, tensors) if failed else None
+    as_stored = stored_rows(found, model)  # of which the reference is the measure
+    rows += [Comparison(row.name, row, dataclasses.replace(row, error=0.0)) for row in as_stored]
     return FixtureReport(found, rows, loaded.warnings + warnings, leaves)
 
 
+def _ids(config: ModelConfig) -> Array:
+    """Random text for a model that brings none.  -> BS"""
+    length = min(9, config.max_position_embeddings)
+    return np.random.default_rng(0).integers(0, config.vocab_size, (2, length))
+
+
 def _no_fixture(message: str) -> VerificationError:
-    return VerificationError(message, "a fixture folder holds model/ and expected.npz, as docs/formats.md describes")
+    hint = "name a model folder, or a fixture folder with model/ and expected.npz, as docs/formats.md describes"
+    return VerificationError(message, hint)
 
 
 def _settings(path: pathlib.Path) -> tuple[dict[str, Any], list[str]]:

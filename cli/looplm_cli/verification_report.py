@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from looplm_cli.render import finite, stdout
+from looplm_cli.stored_verification import PREFIX
 from looplm_cli.verification import Check, Comparison, FixtureReport, Section
 
 if TYPE_CHECKING:
@@ -116,6 +117,8 @@ def conclusion(report: FixtureReport) -> str:
     leaves = report.engine_leaves
     if leaves is not None:
         return f"the engine leaves the reference at {leaves.name} (error {leaves.error:.1e}): the engine is wrong there"
+    if report.failures[0].name.startswith(PREFIX):
+        return "widened to float32 the weights are right; read as they are stored they are not: decoding is wrong"
     if report.failures[0].reference.ok:
         return "the engine alone differs, though its states agree with the reference's"
     return "engine and reference agree with each other: expected.npz is of another model, or of another definition"

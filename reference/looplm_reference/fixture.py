@@ -31,6 +31,7 @@ TOLERANCE = 1e-4
 ENTROPY_WEIGHT = 0.05
 NUMBERS = ("tolerance", "entropy_weight")
 ADAMW = ("learning_rate", "beta1", "beta2", "eps", "weight_decay", "clip", "entropy_weight")
+BY_REFERENCE = "a model alone; expected is what the reference answers"
 INPUTS = {"input_ids", "greedy_prompt", "adamw_input_ids"}  # what other arrays are computed from
 GATE = ("model.early_exit_gate.weight", "model.early_exit_gate.bias")
 AT_THRESHOLD = re.compile(r"(exit_logits|greedy)@(\d+(?:\.\d*)?|\.\d+)")
@@ -101,6 +102,18 @@ def load(folder: str | pathlib.Path, settings: Mapping[str, Any] | None = None) 
     adamw = {name: _number(path, f"adamw.{name}", value) for name, value in optimizer.items()}
     known, ignored = _checked(path, config, expected, adamw)
     return Fixture(path, config, tensors, known, ignored, adamw=adamw, origin=str(given.get("origin", "")), **numbers)
+
+
+def of_model(model: str | pathlib.Path, input_ids: Array) -> Fixture:
+    """A model folder alone as a fixture: expected is what the reference itself answers, layer by layer.
+
+    So a candidate is judged by it, with its own reading of the folder, where nobody else's answers are at hand.
+    """
+    path = pathlib.Path(model)
+    config, tensors, taps = read_config(path), read_tensors(path), list[tuple[str, Array]]()
+    answers = LoopLM(tensors, config).forward(input_ids, taps=taps)
+    inner = {f"tap/{name}": value for name, value in taps if name in set(tap_names(config))}
+    return Fixture(path, config, tensors, {"input_ids": input_ids, **inner, **answers}, [], origin=BY_REFERENCE)
 
 
 def _number(path: pathlib.Path, name: str, value: Any) -> float:

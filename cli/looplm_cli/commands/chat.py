@@ -120,7 +120,7 @@ def chat(
         if think is not None:
             templates[0].check_thinking()
 
-    opened = open_stored(model, weights, accept)
+    opened = open_stored(model, weights, accept, threads)
     opened.weights.prompt_precision = precision
     check_loops(opened, loops)
     _, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)

@@ -169,7 +169,7 @@ def generate(
         batching.check_policy(policy)
         check_out(out)
         entries = read_entries(prompts)
-    opened = open_stored(model, weights)
+    opened = open_stored(model, weights, threads=threads)
     opened.weights.prompt_precision = precision
     refuse_task(opened)
     own_loops = opened.config.total_ut_steps

@@ -68,7 +68,7 @@ def kv(
     from looplm_cli.render import Progress, print_json, say
 
     bound, cache_dtype = deferred_bound("exact", max_deferred), key_value_type(kv_dtype)
-    opened = open_stored(model, weights)
+    opened = open_stored(model, weights, threads=threads)
     rule, told = chosen_rule(opened, q, exit, loops=loops, min_loops=min_loops)
     depth = rule.deepest(opened.config.total_ut_steps)
     check_loops(opened, None if depth == opened.config.total_ut_steps else depth)

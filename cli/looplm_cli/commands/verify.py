@@ -13,7 +13,9 @@ def verify(
     folders: Annotated[
         list[Path] | None,
         typer.Argument(
-            metavar="[FOLDER]...", show_default=False, help="Fixture folders: a model and the answers expected of it."
+            metavar="[FOLDER]...",
+            show_default=False,
+            help="Fixture folders, a model and the answers expected of it; or model folders.",
         ),
     ] = None,
     all_rows: Annotated[
@@ -30,7 +32,9 @@ def verify(
     nothing.
 
     With folders: one line per array of each folder's expected.npz, with the error of engine and reference. The first
-    that diverges in forward order is named, so a port in another framework can be debugged this way too.
+    that diverges in forward order is named, so a port in another framework can be debugged this way too. A model
+    folder alone is judged by the reference's answers. Either way the weights are read twice: widened to float32, and
+    decoded as they are stored, where int8 and int4 may be off by 1e-3 from what their integers stand for.
 
     Exit code 1 if anything fails. [bold]looplm verify my-port/[/bold] checks the answers of your own implementation.
     """
@@ -52,7 +56,7 @@ Trouble = tuple[str, str]  # message and hint of the error that ends a failed ve
 
 
 def _given(folders: list[Path], threads: int, json: bool) -> tuple[dict[str, Any], Trouble | None]:
-    """The folders on the command line; a folder that is none stops everything, as it cannot be judged."""
+    """The folders on the command line; what cannot be judged stops everything."""
     from looplm_cli.render import print_warning
     from looplm_cli.verification import verify_folder
     from looplm_cli.verification_report import conclusion, folder_json, print_folder
