@@ -74,10 +74,12 @@ CASES: dict[str, dict[str, list[Case]]] = {
         "--draft-loops": [
             ("--draft-loops 0", 2, "'0' is no number above 0; write a number or auto"),
             ("--draft-loops flow", 2, "'flow' is no number above 0"),
+            ("--draft-loops two", 2, "'two' is no number above 0"),
             ("--draft-loops 4", 2, "drafts of 4 loops cannot be checked by a full depth of 4"),
         ],
         "--draft-tokens": [
             ("--draft-tokens -1", 2, "'-1' is no number above 0; write a number or flow or auto"),
+            ("--draft-tokens 1.5", 2, "'1.5' is no number above 0"),
             ("--draft-tokens 24", 2, "24 drafted tokens cannot be checked together"),
         ],
         "--budget-loops-per-token": [
