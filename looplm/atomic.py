@@ -61,6 +61,16 @@ def make_folder(path: pathlib.Path) -> None:
         raise cannot_write(path, error) from error
 
 
+def check_writable(path: pathlib.Path) -> None:
+    """Make sure that this file, whatever is there now, can be written.  Raises: CheckpointError if it cannot."""
+    probe = path.with_name(path.name + ".unfinished")
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def cannot_write(path: pathlib.Path, error: OSError) -> CheckpointError:
     """The two lines for a file or folder that the system does not let us write."""
     cure = "free some space" if error.errno in NO_ROOM else "choose a folder you may write to"

@@ -21,6 +21,7 @@ Values = dict[str, dict[str, Any]]  # section -> key -> value, as YAML gives it
 
 RECOMPUTE = ("none", "loop", "layer")  # less memory and more time from left to right; the same bits
 PRECISIONS = ("fp32", "bf16", "auto")
+ON_ERRORS = ("strict", "replace", "ignore")  # what may be done with bytes that are not text
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +57,7 @@ class DataConfig:
             raise ConfigError(f"data.val_fraction={self.val_fraction} is outside (0, 1)", "use e.g. 0.1")
         if self.vocab_size < 0 or 0 < self.vocab_size < 257:
             raise ConfigError(f"data.vocab_size={self.vocab_size} is too small", "256 bytes + a special token need 257")
-        _one_of(self, "data", "errors", ("strict", "replace", "ignore"))
+        _one_of(self, "data", "errors", ON_ERRORS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

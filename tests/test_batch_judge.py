@@ -6,31 +6,50 @@ from typing import Any
 import numpy as np
 import pytest
 
-from looplm_cli.batch_verification import BatchCandidate
+from looplm.batching import SERVED
+from looplm_cli.batch_verification import BatchCandidate, batch_checks
 from looplm_reference import batch_judge, batches
-from looplm_reference.batch_judge import MODELS, MUTANTS, NEW, THRESHOLDS, ReferenceCandidate, caught, compare
+from looplm_reference.batch_judge import (
+    MODELS,
+    MUTANTS,
+    NEW,
+    POLICIES,
+    THRESHOLDS,
+    ReferenceCandidate,
+    caught,
+    compare,
+)
 from looplm_reference.batches import ReferenceBatch, Text, alone
 from looplm_reference.judge import random_tensors
-from looplm_reference.model import Cache, LoopLM
+from looplm_reference.model import LoopLM
 
-EVERY = [(name, q) for name in MODELS for q in THRESHOLDS]
+EVERY = [(name, q, policy) for name in MODELS for q in THRESHOLDS for policy in POLICIES]
 
 
-@pytest.mark.parametrize(("name", "q"), EVERY)
-def test_reference_and_engine_pass(name: str, q: float) -> None:
+@pytest.mark.parametrize(("name", "q", "policy"), EVERY)
+def test_reference_and_engine_pass(name: str, q: float, policy: str) -> None:
     for candidate in (ReferenceCandidate(), BatchCandidate(), BatchCandidate(threads=2)):
-        rows = list(compare(candidate, name, q))
+        rows = list(compare(candidate, name, q, policy))
         assert len(rows) == 3 * len(NEW)
         assert [row for row in rows if not row.ok] == []
 
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_every_mistake_is_caught(name: str) -> None:
-    assert caught(MUTANTS[name]) is not None
+    policy, mutant = MUTANTS[name]
+    assert caught(mutant, policy) is not None
 
 
-def test_no_mistake_is_not_caught() -> None:
-    assert caught(ReferenceBatch) is None
+@pytest.mark.parametrize("policy", POLICIES)
+def test_no_mistake_is_not_caught(policy: str) -> None:
+    assert caught(ReferenceBatch, policy) is None
+
+
+def test_every_policy_of_batches_is_judged_and_has_mutants() -> None:
+    assert set(POLICIES) == set(SERVED) == {policy for policy, _ in MUTANTS.values()}
+    names = [name for name, _ in batch_checks(1)]
+    assert {policy for policy in SERVED for name in names if f", {policy}, " in name} == set(SERVED)
+    assert len(names) == len(EVERY)
 
 
 def test_a_text_that_is_too_short_or_slightly_off_is_objected_to() -> None:
@@ -41,7 +60,7 @@ def test_a_text_that_is_too_short_or_slightly_off_is_objected_to() -> None:
             texts[3].logprob[2] *= 1.001
             return texts
 
-    failed = [row.name.split("q=0.6.")[1] for row in compare(Wrong(), "grouped", 0.6) if not row.ok]
+    failed = [row.name.split("q=0.6.")[1] for row in compare(Wrong(), "grouped", 0.6, "full") if not row.ok]
     assert failed == ["text2.token", "text4.logprob"]
 
 
@@ -56,17 +75,22 @@ def test_alone_differs_from_full_caches_once_a_token_has_stopped_early() -> None
     """Else the deeper slots would have no say, and forgetting them would not show."""
     model = LoopLM(random_tensors(MODELS["grouped"]), MODELS["grouped"])
     prompts = batch_judge.prompts_for(MODELS["grouped"])
-    texts = [(alone(model, p, 8, 0.6).token, model.greedy(p[None], 0.6, 8)[0, len(p) :].tolist()) for p in prompts]
-    assert any(mine != full for mine, full in texts)
+    last, full, truth = [], [], []
+    for p in prompts:
+        last.append(alone(model, p, 8, 0.6).token)
+        full.append(alone(model, p, 8, 0.6, "full").token)
+        truth.append(model.greedy(p[None], 0.6, 8)[0, len(p) :].tolist())
+    assert last != truth
+    assert full == truth
 
 
-@pytest.mark.parametrize(("name", "q"), EVERY)
-def test_no_choice_is_a_close_call(name: str, q: float, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "q", "policy"), EVERY)
+def test_no_choice_is_a_close_call(name: str, q: float, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """float32 may differ in the sixth digit, on any processor: neither token nor exit may hang on that."""
-    gaps, feed = [], batches.feed
+    gaps, chosen = [], batches.chosen
 
-    def watched(model: LoopLM, prompt: np.ndarray, cache: Cache, exit_threshold: float) -> tuple[np.ndarray, int]:
-        logits, r = feed(model, prompt, cache, exit_threshold)
+    def watched(model: LoopLM, hidden: np.ndarray, exit_threshold: float) -> tuple[np.ndarray, int]:
+        logits, r = chosen(model, hidden, exit_threshold)
         second, first = np.sort(logits)[-2:]
         gaps.append(first - second)
         return logits, r
@@ -77,9 +101,9 @@ def test_no_choice_is_a_close_call(name: str, q: float, monkeypatch: pytest.Monk
         return real(model, gate_logit, exit_threshold)
 
     real = batches.exit_of
-    monkeypatch.setattr(batches, "feed", watched)
+    monkeypatch.setattr(batches, "chosen", watched)
     monkeypatch.setattr(batches, "exit_of", exit_of)
     config = MODELS[name]
     for prompt, count in zip(batch_judge.prompts_for(config), NEW, strict=True):
-        alone(LoopLM(random_tensors(config), config), prompt, count, q)
+        alone(LoopLM(random_tensors(config), config), prompt, count, q, policy)
     assert min(gaps) > 2e-4

@@ -104,32 +104,6 @@ def test_the_terminal_gets_a_table(model: pathlib.Path, report: dict[str, Any], 
     assert "window 4/4" in err
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--max-deferred", "24"], 2, "24 tokens cannot wait for their deeper loops"),
-        (["--max-deferred", "many"], 2, "'many' is not a valid int"),
-        (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
-        (["--windows", "0"], 2, "0 is not in the range"),
-        (["--seq-len", "3"], 2, "3 is not in the range"),
-        (["--seq-len", "65"], 2, "--seq-len 65 is more than the model's context of 64"),
-        (["--prompt-tokens", "0"], 2, "0 is not in the range"),
-        (["--prompt-tokens", "16"], 2, "a prompt of 16 tokens leaves none to decode of pieces of 16"),
-        (["--exit", "kl:x"], 2, "'x' is not a number"),
-        (["--q", "0.5", "--exit", "kl:0.1"], 2, "both say when to stop"),
-        (["no such text.txt"], 1, "no such text.txt"),
-    ],
-    ids=str,
-)
-def test_bad_input_is_two_lines(model: pathlib.Path, arguments: list[str], code: int, message: str) -> None:
-    out, err = looplm("kv", "-m", model, *arguments, code=code, width=300)
-    assert out == ""
-    error, hint = err.splitlines()
-    assert error.startswith("error: ")
-    assert message in error
-    assert hint.startswith("hint: ")
-
-
 def test_of_a_task_answers_count(tmp_path: pathlib.Path) -> None:
     folder = tiny_models.hops_model(tmp_path / "hops")
     found = report_of("kv", "-m", folder, "--windows", 3)

@@ -119,27 +119,6 @@ def test_a_task_is_also_told_by_hops(tmp_path: pathlib.Path, monkeypatch: pytest
     assert "2 hops" in shown
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "message"),
-    [
-        (["--points", "1"], 2, "1 is not in the range"),
-        (["--chunks", "1"], 2, "1 is not in the range"),
-        (["--turns", "0"], 2, "0 is not in the range"),
-        (["--decode-tokens", "0"], 2, "0 is not in the range"),
-        (["--tokens", "63"], 2, "63 is not in the range"),
-        (["--steps", "0"], 2, "0 is not in the range"),
-        (["nowhere.txt"], 1, "nowhere.txt"),
-        (["--html", "nowhere/page.html"], 1, "cannot write nowhere/page.html"),
-    ],
-    ids=str,
-)
-def test_bad_input_is_two_lines(model: pathlib.Path, arguments: list[str], code: int, message: str) -> None:
-    _, err = looplm("sweep", "-m", model, *QUICK, *arguments, "--quiet", code=code, width=300)
-    error, hint = err.splitlines()
-    assert message in error
-    assert hint.startswith("hint: ")
-
-
 def test_what_cannot_be_compared_is_refused(tmp_path: pathlib.Path) -> None:
     one = tiny_models.text_run(tmp_path / "one", loops=1)
     _, err = looplm("sweep", "-m", one, code=2, width=300)

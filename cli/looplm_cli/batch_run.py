@@ -33,13 +33,9 @@ def check_combination(prompts: str | None, of_many: Mapping[str, object], of_one
 
 
 def check_out(out: Path | None) -> None:
-    """Raises: UsageError or CheckpointError if nothing can be written there; better now than after all the work."""
-    from looplm.atomic import make_folder
-
-    if out is not None:
-        if out.is_dir():
-            raise UsageError(f"--out {out} is a folder", f"name a file, e.g. {out / 'answers.jsonl'}")
-        make_folder(out.parent)
+    """Raises: UsageError for a folder."""
+    if out is not None and out.is_dir():
+        raise UsageError(f"--out {out} is a folder", f"name a file, e.g. {out / 'answers.jsonl'}")
 
 
 def encode_entries(opened: "Opened", entries: Sequence[Entry]) -> "list[Ints]":
@@ -121,7 +117,14 @@ class Answers:
 
 
 def run_prompts(answers: Answers, batch: "Batch", out: Path | None, unordered: bool, quiet: bool) -> None:
-    """Write all answers; the account goes to stderr, also of what an interrupt leaves."""
+    """Write all answers; the account goes to stderr, also of what an interrupt leaves.
+
+    Raises: CheckpointError, before anything is written, if there can be no file `out`; its folder is made.
+    """
+    from looplm.atomic import make_folder
+
+    if out is not None:
+        make_folder(out.parent)
     begun = time.perf_counter()
     beside = out is None and stdout().is_terminal  # answers that are seen need no bar between them
     try:

@@ -1,12 +1,13 @@
 """What `looplm verify` checks of batches: the engine's rows that come and go, in the seat of the judge's candidate."""
 
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from looplm.arrays import Array, Ints
-from looplm.batching import Batch, Request
+from looplm.batching import SERVED, Batch, Request
 from looplm.exits import LearnedGate
 from looplm.sampling import GREEDY
 from looplm_cli.engine_candidate import EngineCandidate
@@ -27,13 +28,16 @@ class BatchCandidate(EngineCandidate):
         new_tokens: Sequence[int],
         exit_threshold: float,
         rows: int,
+        policy: str,
     ) -> list[Text]:
         wanted = [
             Request(prompt, np.random.default_rng(0), count)  # greedy: chance has no say
             for prompt, count in zip(prompts, new_tokens, strict=True)
         ]
-        weights, rule, texts = self._weights(tensors, config), LearnedGate(exit_threshold), [Text() for _ in prompts]
-        for number, token in Batch(weights, wanted, rule=rule, rows=rows, sampling=GREEDY, threads=self.threads):
+        known = next(each for each in SERVED if each == policy)
+        settings: dict[str, Any] = {"rule": LearnedGate(exit_threshold), "sampling": GREEDY, "threads": self.threads}
+        texts = [Text() for _ in prompts]
+        for number, token in Batch(self._weights(tensors, config), wanted, rows=rows, policy=known, **settings):
             text = texts[number]
             text.token.append(token.token_id)
             text.exit_loop.append(token.exit_loop)
@@ -42,17 +46,14 @@ class BatchCandidate(EngineCandidate):
 
 
 def batch_checks(threads: int) -> Iterator[tuple[str, list[Row]]]:
-    """A name and the comparisons behind it, for each model and threshold."""
-    for name in MODELS:
-        candidate = BatchCandidate(threads)
-        for q in batch_judge.THRESHOLDS:
-            yield (
-                f"{name}: texts of a batch against each alone, q = {q:g}",
-                list(batch_judge.compare(candidate, name, q)),
-            )
+    """A name and the comparisons behind it, for each model, cache policy of batches and threshold."""
+    candidate = BatchCandidate(threads)
+    for name, policy, q in itertools.product(MODELS, SERVED, batch_judge.THRESHOLDS):
+        rows = list(batch_judge.compare(candidate, name, q, policy))
+        yield f"{name}: texts of a batch against each alone, {policy}, q = {q:g}", rows
 
 
 def batch_mutants() -> Iterator[tuple[str, Row | None]]:
     """Each mistake, and the row that caught it."""
-    for name, mutant in batch_judge.MUTANTS.items():
-        yield name, batch_judge.caught(mutant)
+    for name, (policy, mutant) in batch_judge.MUTANTS.items():
+        yield name, batch_judge.caught(mutant, policy)

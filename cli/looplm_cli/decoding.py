@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from looplm.errors import UsageError
-from looplm_cli.inputs import Opened, chosen_rule
+from looplm_cli.inputs import Opened, check_min_loops, chosen_rule
 
 if TYPE_CHECKING:
     from looplm.arrays import Ints
@@ -77,6 +77,8 @@ class Decoding:
         from looplm.draft_plans import DraftAccount
 
         own = opened.config.total_ut_steps
+        if wishes.loops is None:
+            check_min_loops(wishes.min_loops, own)
         self._weights, self.told = opened.weights, ""
         self.drafts, self.account = _drafts(wishes, wishes.loops or own), DraftAccount()
         self.pacer: Pacer | None = None

@@ -28,8 +28,13 @@ def held_out(
 ) -> HeldOut:
     """What to measure a model on: a corpus, or what its run held out, or new sequences of its task.
 
-    Raises: DataError for a corpus that cannot be read or has nothing to predict, UsageError if there is none.
+    Raises: DataError for a corpus that cannot be read or has nothing to predict, UsageError if there is none, or for
+    `errors` that are no way to read one.
     """
+    from looplm.settings import ON_ERRORS
+
+    if errors not in ON_ERRORS:
+        raise UsageError(f"--errors {errors!r} is not known", f"use one of {', '.join(ON_ERRORS)}")
     length = seq_len or _trained_length(model)
     context = model.config.max_position_embeddings
     if length > context:

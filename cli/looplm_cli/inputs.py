@@ -267,10 +267,10 @@ def exit_rule(
 ) -> "ExitRule | None":
     """The rule that --q, --exit, --min-loops and --loops (the most loops) ask for; None if they ask for nothing.
 
-    `depth` is how many loops will run, where that is not the model's own number.
+    `depth` is how many loops will run, where the rule has no say in that.
 
-    Raises: UsageError for --q beside --exit, bounds that exclude each other, or a rule named without a threshold where
-    the model has none calibrated.
+    Raises: UsageError for --q beside --exit, bounds that exclude each other, a rule that no such loop can satisfy, or
+    one named without a threshold where the model has none calibrated.
     """
     from looplm.errors import UsageError
     from looplm.exits import LearnedGate, bind, choose_rule
@@ -280,37 +280,50 @@ def exit_rule(
             f"--q {q:g} and --exit {wish} both say when to stop", f"use one: --exit gate:{q:g} is --q {q:g}"
         )
     if loops is None:
-        _check_min_loops(min_loops, depth or model.config.total_ut_steps)
+        check_min_loops(min_loops, depth or model.config.total_ut_steps)
     rule = LearnedGate(q) if q is not None else None if wish is None else named_rule(model, wish)
     if rule is None and loops is None and min_loops == 1:
         return None
     default = default_rule(model)[0] or LearnedGate(model.config.early_exit_threshold)
-    return bind(choose_rule(rule, loops, default, min_loops), model.weights)
+    chosen = choose_rule(rule, loops, default, min_loops)
+    if depth is not None:
+        _check_reach(chosen, depth)
+    return bind(chosen, model.weights)
 
 
 DEFAULT_THRESHOLDS = (0.3, 0.5, 0.7, 0.9)
 
 
-def exit_rules(model: Opened, q: list[float], wishes: list[str], min_loops: int = 1) -> "list[ExitRule]":
+def exit_rules(model: Opened, q: list[float], wishes: list[str], min_loops: int = 1, *, depth: int) -> "list[ExitRule]":
     """The rules that several --q and --exit ask for, in that order; the usual thresholds if they ask for nothing.
 
-    They share what they read.  Raises: UsageError as `exit_rule`.
+    They share what they read; `depth` loops will run.  Raises: UsageError as `exit_rule`.
     """
     from looplm.exits import LearnedGate, Readout, bind, choose_rule
 
     asked = [LearnedGate(value) for value in q or (() if wishes else DEFAULT_THRESHOLDS)]
     found = [*asked, *(named_rule(model, wish) for wish in wishes)]
-    _check_min_loops(min_loops, model.config.total_ut_steps)
+    check_min_loops(min_loops, depth)
+    for rule in found:
+        _check_reach(rule, depth)
     readout = Readout(model.weights.head)
     return [bind(choose_rule(rule, None, rule, min_loops), readout) for rule in found]
 
 
-def _check_min_loops(min_loops: int, most: int) -> None:
-    from looplm.errors import UsageError
-
+def check_min_loops(min_loops: int, most: int) -> None:
+    """Raises: UsageError if so many loops never run."""
     if min_loops > most:
         raise UsageError(
             f"--min-loops {min_loops} is more than the model's {most} loops",
+            f"use at most {most}, or more --loops where the command has it",
+        )
+
+
+def _check_reach(rule: "ExitRule", most: int) -> None:
+    """A depth that does not run would be shown under the name of another."""
+    if rule.deepest(most) > most:
+        raise UsageError(
+            f"--exit {rule} lies beyond the {most} loops that a token may stop after",
             f"use at most {most}, or more --loops where the command has it",
         )
 
@@ -353,6 +366,17 @@ def chosen_rule(
     if rule is None:
         rule, told = default_rule(model)
     return rule or LearnedGate(model.config.early_exit_threshold), told
+
+
+def check_file(option: str, path: Path | None) -> None:
+    """Raises: UsageError or CheckpointError if no file can be written there; better now than after all the work."""
+    from looplm.atomic import check_writable
+
+    if path is None:
+        return
+    if path.is_dir():
+        raise UsageError(f"{option} {path} is a folder", f"name a file in it, e.g. {path / option.lstrip('-')}")
+    check_writable(path)
 
 
 def thread_count(threads: int | None) -> int:

@@ -4,8 +4,8 @@ The truth is `alone`: one text, token by token.  `ReferenceBatch` writes many wi
 at different positions and in different loops; a row that ends leaves its place, and a cache that is full of old keys,
 to the next prompt.  Its parts are small enough to be replaced by wrong ones.
 
-Every token is the most likely one, read at the first loop whose exit probabilities add up to the threshold.  The keys
-and values of deeper loops, which such a token does not run, are those of the loop it stopped at.
+Every token is the most likely one, read at the first loop whose exit probabilities add up to the threshold.  Which
+loops it runs, and what later tokens find in the slots of the others, is the cache policy (policies.py).
 """
 
 import dataclasses
@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .model import Cache, LoopLM, Place
+from .model import LoopLM
 from .ops import Array
+from .policies import POLICIES, Full
 
 
 @dataclasses.dataclass
@@ -37,57 +38,56 @@ def exit_of(model: LoopLM, gate_logit: Array, exit_threshold: float) -> int:
     return int(model.exit_loop(model.exit_distribution(gate_logit[:, None, None]), exit_threshold)[0, 0])
 
 
-def repeat_deeper(model: LoopLM, cache: Cache, r: int) -> None:
-    """The last position's keys and values of loop r become those of every deeper loop."""
-    for layer in range(model.layers):
-        for deeper in range(r + 1, model.loops):
-            source, slot = model.slot(r, layer), model.slot(deeper, layer)
-            past = cache.slots.get(slot, cache.slots[source])
-            cache.slots[slot] = tuple(  # type: ignore[assignment]
-                np.concatenate([old[:, : cache.filled], new[:, cache.filled : cache.filled + 1]], 1)
-                for old, new in zip(past, cache.slots[source], strict=True)
-            )
+def gate_of(model: LoopLM, hidden: Array) -> Array:
+    """hidden: ...D -> gate_logit: ..."""
+    weight = model.weight["model.early_exit_gate.weight"][0]
+    found: Array = hidden @ weight + model.weight["model.early_exit_gate.bias"][0]
+    return found
 
 
-def feed(model: LoopLM, prompt: Array, cache: Cache, exit_threshold: float) -> tuple[Array, int]:
-    """A prompt, or one more token, through all loops -> the logits of its last position, and where they are read."""
-    tape = model.run(prompt[None], model.place(prompt[None], None, past=cache.filled), cache=cache)
-    r = exit_of(model, tape.gate_logit[:, 0, -1], exit_threshold)
-    logits: Array = model.logits(tape.hidden[r, 0, -1])
+def chosen(model: LoopLM, hidden: Array, exit_threshold: float) -> tuple[Array, int]:
+    """A position after all loops: hidden: RD -> logits: V, the loop they are read from."""
+    r = exit_of(model, gate_of(model, hidden), exit_threshold)
+    logits: Array = model.logits(hidden[r])
     return logits, r
 
 
-def alone(model: LoopLM, prompt: Array, new_tokens: int, exit_threshold: float) -> Text:
+def alone(model: LoopLM, prompt: Array, new_tokens: int, exit_threshold: float, policy: str = "last-exited") -> Text:
     """The most likely text.  All loops of a token are run; what it should not have run is then overwritten."""
-    text, cache = Text(), Cache()
-    logits, r = feed(model, prompt, cache, exit_threshold)
-    cache.filled = len(prompt)
+    text, decoder = Text(), POLICIES[policy](model)
+    logits, r = chosen(model, decoder.read(prompt)[:, -1], exit_threshold)
     text.add(logits, r)
     while len(text.token) < new_tokens:
-        logits, r = feed(model, np.array(text.token[-1:]), cache, exit_threshold)
-        repeat_deeper(model, cache, r)
-        cache.filled += 1
+        x, states = decoder.embedded(np.array(text.token[-1:])), []
+        for loop in range(model.loops):
+            x = decoder.enter(loop, x)
+            states.append(x[0, 0])
+        logits, r = chosen(model, np.stack(states), exit_threshold)
+        decoder.leave(r, x)
+        decoder.filled += 1
         text.add(logits, r)
     return text
 
 
 @dataclasses.dataclass
 class Flight:
-    """A text that has a place: its cache, and the token in progress with the loops it has run."""
+    """A text that has a place: its keys and values, and the token in progress with the loops it has run."""
 
     text: Text
     new_tokens: int
-    cache: Cache
+    decoder: Full
     state: Array = dataclasses.field(default_factory=lambda: np.empty(0))  # 11D
+    hidden: list[Array] = dataclasses.field(default_factory=list)  # D after each loop run
     gate_logit: list[float] = dataclasses.field(default_factory=list)
+    exit_at: int | None = None  # the loop it is read from, once that is known
 
 
 class ReferenceBatch:
     """Many texts, a loop of every row per pass."""
 
-    def __init__(self, model: LoopLM, rows: int, exit_threshold: float) -> None:
+    def __init__(self, model: LoopLM, rows: int, exit_threshold: float, policy: str) -> None:
         self.model, self.exit_threshold = model, exit_threshold
-        self.caches = [Cache() for _ in range(rows)]  # by place
+        self.decoders = [POLICIES[policy](model) for _ in range(rows)]  # by place
         self.flights: list[Flight | None] = [None] * rows
 
     def write(self, prompts: Sequence[Array], new_tokens: Sequence[int]) -> list[Text]:
@@ -103,64 +103,65 @@ class ReferenceBatch:
             self.run_pass(running)
 
     def admit(self, place: int, prompt: Array, text: Text, new_tokens: int) -> Flight:
-        cache = self.caches[place]
-        cache.filled = self.first_position(cache)
-        logits, r = feed(self.model, prompt, cache, self.exit_threshold)
-        cache.filled += len(prompt)
-        flight = Flight(text, new_tokens, cache)
+        decoder = self.decoders[place]
+        decoder.filled = self.first_position(decoder)
+        logits, r = chosen(self.model, decoder.read(prompt)[:, -1], self.exit_threshold)
+        flight = Flight(text, new_tokens, decoder)
         self.next_token(flight, logits, r)
         return flight
 
     def next_token(self, flight: Flight, logits: Array, r: int) -> None:
         flight.text.add(logits, r)
-        flight.state = self.model.weight["model.embed_tokens.weight"][flight.text.token[-1]][None, None]
-        flight.gate_logit = []
+        flight.state = flight.decoder.embedded(np.array(flight.text.token[-1:]))
+        flight.hidden, flight.gate_logit, flight.exit_at = [], [], None
 
     def run_pass(self, running: list[Flight]) -> None:
         states = [self.run_loop(running, m) for m in range(len(running))]
         left = []
         for flight, state in zip(running, states, strict=True):
-            flight.state, run = state, len(flight.gate_logit) + 1
-            weight = self.model.weight["model.early_exit_gate.weight"][0]
-            flight.gate_logit.append(float(state[0, 0] @ weight + self.model.weight["model.early_exit_gate.bias"][0]))
-            if run == self.model.loops or self.stops(flight):
-                left.append(flight)
-        rows = [self.model.logits(flight.state[0, 0]) for flight in left]
-        for m, flight in enumerate(left):
-            r = len(flight.gate_logit) - 1
+            flight.state = state
+            flight.hidden.append(state[0, 0])
+            flight.gate_logit.append(float(gate_of(self.model, state[0, 0])))
+            run = len(flight.hidden)
+            if flight.exit_at is None and (run == self.model.loops or self.stops(flight)):
+                flight.exit_at = run - 1
+            if flight.exit_at is not None and run == flight.decoder.runs(flight.exit_at):
+                left.append((flight, self.read_at(flight, flight.exit_at)))
+        rows = [self.model.logits(flight.hidden[r]) for flight, r in left]
+        for m, (flight, r) in enumerate(left):
             self.leave(flight, r)
-            flight.cache.filled += 1
+            flight.decoder.filled += 1
             self.next_token(flight, rows[self.head_row(m, len(left))], r)
 
     def run_loop(self, running: list[Flight], m: int) -> Array:
         """The next loop of row m of a pass.  -> its state, 11D"""
-        flight, r = running[m], self.loop(running, m)
-        place = Place(np.array([[self.position(running, m)]]), np.zeros(1, np.int64))
-        x = flight.state
-        for layer in range(self.model.layers):
-            x, _ = self.model.layer_forward(r, layer, x, place, self.cache(running, m))
-        return self.model.norm(x, "model.norm.weight")[0]
+        decoder = self.decoder(running, m)
+        return decoder.loop(self.loop(running, m), running[m].state, self.position(running, m))
 
     def stops(self, flight: Flight) -> bool:
         """Whether the loops run so far are enough: one more is possible, so that none of them takes the remainder."""
         seen = np.array([*flight.gate_logit, 0.0])
         return exit_of(self.model, seen, self.exit_threshold) < len(flight.gate_logit)
 
-    def first_position(self, cache: Cache) -> int:
+    def first_position(self, decoder: Full) -> int:
         """Where a prompt begins in a cache that another may have used."""
         return 0
 
     def position(self, running: list[Flight], m: int) -> int:
-        return running[m].cache.filled
+        return running[m].decoder.filled
 
-    def cache(self, running: list[Flight], m: int) -> Cache:
-        return running[m].cache
+    def decoder(self, running: list[Flight], m: int) -> Full:
+        return running[m].decoder
 
     def loop(self, running: list[Flight], m: int) -> int:
         return len(running[m].gate_logit)
 
+    def read_at(self, flight: Flight, exit_at: int) -> int:
+        """Which of its loops a row that leaves is read from."""
+        return exit_at
+
     def leave(self, flight: Flight, r: int) -> None:
-        repeat_deeper(self.model, flight.cache, r)
+        flight.decoder.leave(r, flight.state)
 
     def head_row(self, m: int, rows: int) -> int:
         """Which row of the product with the head is that of the m-th row that stopped."""

@@ -41,12 +41,14 @@ class Full:
     def __init__(self, model: LoopLM) -> None:
         self.model, self.kept, self.filled = model, Kept(), 0
 
-    def read(self, prompt: Array) -> None:
-        """prompt: S."""
-        x = self.embedded(prompt)
+    def read(self, prompt: Array) -> Array:
+        """prompt: S, behind what is there -> hidden: RSD."""
+        x, states = self.embedded(prompt), []
         for r in range(self.model.loops):
-            x = self.loop(r, x, 0)
-        self.filled = len(prompt)
+            x = self.loop(r, x, self.filled)
+            states.append(x[0])
+        self.filled += len(prompt)
+        return np.stack(states)
 
     def advance(self, token: int, exit_at: int) -> Array:
         """One token, which is read after loop exit_at (from 0) -> hidden: (exit_at + 1) x D."""
@@ -133,10 +135,11 @@ class Deferred(Full):
 class Shared(Full):
     """One slot per layer holds the past of all loops; a token's own keys and values there are of the loop it runs."""
 
-    def read(self, prompt: Array) -> None:
-        super().read(prompt)
-        for position in range(len(prompt)):
+    def read(self, prompt: Array) -> Array:
+        hidden = super().read(prompt)
+        for position in range(self.filled):
             self.unite(position, self.model.loops)
+        return hidden
 
     def runs(self, exit_at: int) -> int:
         return exit_at + 1

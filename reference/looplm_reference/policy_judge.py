@@ -172,8 +172,8 @@ class _NothingDeferred(LastExited):
 class _PromptNotUnited(Shared):
     """Loops go on seeing the prompt's own slots: for the first loop, its own keys and values."""
 
-    def read(self, prompt: Array) -> None:
-        Full.read(self, prompt)
+    def read(self, prompt: Array) -> Array:
+        return Full.read(self, prompt)
 
 
 class _OwnNotSeen(Shared):

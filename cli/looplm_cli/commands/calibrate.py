@@ -100,6 +100,10 @@ def calibrate(
 
     if accept not in ("better", "always", "never"):
         raise UsageError(f"--accept {accept!r} is not known", "use better, always or never")
+    asked = (("--target-loops", target_loops), ("--max-loss-increase", max_loss_increase), ("a corpus", corpus or None))
+    besides = next((name for name, value in asked if value is not None), None)
+    if undo and besides:
+        raise UsageError(f"--undo and {besides} exclude each other", "put the old gate back, then calibrate again")
     opened = open_model(model)
     goal = parse_goal(opened, target_loops, max_loss_increase)
     if undo:

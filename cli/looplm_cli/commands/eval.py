@@ -73,9 +73,9 @@ def eval(
     from looplm_cli.render import print_json
 
     opened = open_model(model)
-    depth = check_loops(opened, max_loops)
+    depth, own = check_loops(opened, max_loops), opened.config.total_ut_steps
     data = held_out(opened, corpus or [], seq_len, batch_size, encoding, errors)
-    rules = exit_rules(opened, [float(value) for value in q or []], exit or [], min_loops)
+    rules = exit_rules(opened, [float(value) for value in q or []], exit or [], min_loops, depth=min(depth, own))
 
     def measure(batches: "Iterable[Batch]") -> "Evaluation":
         return analysis.evaluate(

@@ -63,10 +63,20 @@ def inspect(
     from looplm.atomic import replace_files
     from looplm.exits import LearnedGate
     from looplm_cli.heatmap import print_inspection
-    from looplm_cli.inputs import check_loops, encode_prompt, exit_rule, open_stored, read_prompt, thread_count
+    from looplm_cli.inputs import (
+        check_file,
+        check_loops,
+        encode_prompt,
+        exit_rule,
+        open_stored,
+        read_prompt,
+        thread_count,
+    )
     from looplm_cli.render import print_json, say
     from looplm_cli.report import inspection_report
 
+    check_file("--html", html)
+    check_file("--npz", npz)
     opened = open_stored(model, None)
     depth = check_loops(opened, loops)
     asked = q is not None or exit is not None

@@ -66,10 +66,11 @@ def sweep(
     from looplm.atomic import replace_files
     from looplm.errors import UsageError
     from looplm_cli.held_out import held_out, two_halves
-    from looplm_cli.inputs import open_model, thread_count
+    from looplm_cli.inputs import check_file, open_model, thread_count
     from looplm_cli.render import Progress, print_json, say
     from looplm_cli.sweep_report import print_sweep, sweep_report
 
+    check_file("--html", html)
     opened = open_model(model)
     if opened.config.total_ut_steps < 2:
         raise UsageError(f"{opened.folder} has one loop: there is no exit to compare", "train with --loops 2 or more")
