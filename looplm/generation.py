@@ -183,12 +183,16 @@ def useful_threads(weights: StoredWeights) -> int:
 
 
 def check_memory(config: ModelConfig, loops: int, positions: int, kv_dtype: KeyValueType, rows: int = 1) -> None:
-    """Raises: DataError if keys and values of so many positions in each row do not fit into the memory there is."""
-    available, needed = available_memory(), rows * positions * key_value_bytes(config, loops, kv_dtype)
+    """Raises: DataError if keys and values of so many positions in each row do not fit into the memory there is.
+
+    Beside them there are the states of all loops, of the positions that a prompt is fed at a time.
+    """
+    states = loops * max(rows, PREFILL_ROWS) * config.hidden_size * 4
+    available, needed = available_memory(), rows * positions * key_value_bytes(config, loops, kv_dtype) + states
     if available is not None and needed > SHARE * (available - (resident() or 0)):
         several = rows > 1
         raise DataError(
-            f"keys and values of {f'{rows} x ' if several else ''}{positions} tokens in {loops} loops take "
+            f"states, keys and values of {f'{rows} x ' if several else ''}{positions} tokens in {loops} loops take "
             f"{needed / GIB:.1f} GiB in {kv_dtype}, more than {SHARE:.0%} of the "
             f"{(available - (resident() or 0)) / GIB:.1f} GiB free",
             f"ask for fewer tokens or loops{', or fewer rows at once' if several else ''}"

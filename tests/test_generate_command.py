@@ -270,21 +270,29 @@ def test_a_cache_that_cannot_fit_is_refused(model: pathlib.Path, monkeypatch: py
     out, err = looplm(*words(model=model), code=1, width=300)
     assert out == ""
     error, hint = err.splitlines()
-    assert error.startswith("error: keys and values of 64 tokens in 4 loops take 0.0 GiB in float32, more than 80%")
+    assert error.startswith("error: states, keys and values of 64 tokens in 4 loops take 0.0 GiB in float32, more than")
     assert hint == "hint: ask for fewer tokens or loops, or keep them in bfloat16"
 
 
+def test_more_loops_than_memory_holds_are_refused(model: pathlib.Path) -> None:
+    out, err = looplm(*words("--loops", 100_000_000, model=model), code=1, width=300)
+    assert out == ""
+    _, error, hint = err.splitlines()  # the first warns of more loops than were trained
+    assert error.startswith("error: states, keys and values of 64 tokens in 100000000 loops take ")
+    assert hint.startswith("hint: ask for fewer tokens or loops")
+
+
 def test_sharing_fits_where_slots_of_their_own_do_not(model: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    free = 23_000  # of which 80 % hold 64 tokens of 256 bytes, or 15 of 1,024, but not 64 of these
+    free = 125_000  # of which 80 % hold the states of four loops, and 15 tokens of 1,024 bytes, but not 64 of these
     monkeypatch.setattr("looplm.generation.resident", lambda: 0)
     monkeypatch.setattr("looplm.generation.available_memory", lambda: free)
     assert report_of(*words("--cache", "shared-last", model=model))["tokens"] > 0
     assert "64 tokens in 4 loops" in looplm(*words(model=model), code=1, width=300)[1]
-    free = 18_000
+    free = 20_000
     error = looplm(*words("--cache", "first", model=model), code=1, width=300)[1].splitlines()[0]
-    assert error.startswith("error: keys and values of 64 tokens in 1 loops take")
+    assert error.startswith("error: states, keys and values of 64 tokens in 1 loops take")
     error = looplm(*words("--cache", "first", "-n", 1, model=model), code=1, width=300)[1].splitlines()[0]
-    assert error.startswith("error: keys and values of 15 tokens in 4 loops take")
+    assert error.startswith("error: states, keys and values of 15 tokens in 4 loops take")
 
 
 def test_a_task_model_is_no_language_model(tmp_path: pathlib.Path) -> None:

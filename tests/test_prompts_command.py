@@ -228,5 +228,5 @@ def test_keys_and_values_that_cannot_fit_are_refused(
 ) -> None:
     monkeypatch.setattr("looplm.generation.available_memory", lambda: (resident() or 0) + 10_000)
     error, hint = refused("-m", model, "--prompts", file, code=1)
-    assert "keys and values of 7 x 64 tokens in 4 loops take 0.0 GiB in float32, more than 80%" in error
+    assert "states, keys and values of 7 x 64 tokens in 4 loops take 0.0 GiB in float32, more than 80%" in error
     assert hint == "hint: ask for fewer tokens or loops, or fewer rows at once, or keep them in bfloat16"
