@@ -7,6 +7,7 @@ constant learning rate.
 """
 
 import argparse
+import multiprocessing
 import pathlib
 import sys
 import time
@@ -92,7 +93,7 @@ def train_config(threads: int, precision: str, selected: str) -> TrainConfig:
 
 
 def require_contract(threads: int) -> None:
-    """What `looplm verify` checks of kernels and engine, in this process.  Raises: BenchmarkError if any fails."""
+    """What `looplm verify` checks of kernels and engine.  Raises: BenchmarkError if any fails."""
     from looplm_cli import verification
 
     for section in verification.sections(threads):
@@ -135,10 +136,49 @@ def require_products(path: Path, config: ModelConfig) -> None:
                 )
 
 
-def cached_kernels() -> int:
-    """How many files the cache of compiled kernels holds."""
+def require_all(threads: int, path: Path, config: ModelConfig) -> None:
+    """Both of the above in a copy of this process, so that the memory they take is not counted as training's.
+
+    The copy has this program's functions as they are, and loads the same files of compiled kernels: those, unchanged,
+    that `kernel_files` gives before and after.  Where none are kept, or processes cannot be copied, everything is
+    checked in this one.
+
+    Raises: BenchmarkError as they do, or if the copy ends without a verdict.
+    """
+    if not (sys.platform.startswith("linux") and kernel_files()):
+        require_contract(threads)
+        require_products(path, config)
+        return
+    context = multiprocessing.get_context("fork")
+    verdict, told = context.Pipe(duplex=False)
+
+    def check() -> None:
+        try:
+            require_contract(threads)
+            require_products(path, config)
+        except BenchmarkError as error:
+            told.send([str(error), error.hint])
+        else:
+            told.send([])
+
+    copy = context.Process(target=check)
+    copy.start()
+    told.close()
+    try:
+        found = verdict.recv()
+    except EOFError:
+        found = ["nothing is timed: the process that checks the kernels ended without a verdict", "it says above why"]
+    finally:
+        copy.join()
+    if found:
+        raise BenchmarkError(*found)
+
+
+def kernel_files() -> dict[str, tuple[int, int]]:
+    """What the cache of compiled kernels holds: size and time of change by name."""
     folder = cache_folder()
-    return sum(1 for _ in pathlib.Path(folder).rglob("*.nbc")) if folder else 0
+    files = list(pathlib.Path(folder).rglob("*.nbc")) if folder else []
+    return {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in files}
 
 
 class Rounds:
@@ -204,18 +244,17 @@ def main() -> None:
     args = parser.parse_args()
 
     def prepare() -> tuple[Answer, Callable[[], Answer]]:
-        before = cached_kernels()
+        before = kernel_files()
         sizes = CONFIGS[args.config] | {key: vars(args)[key] for key in ("S", "B") if vars(args)[key]}
         try:
             config = train_config(args.threads, args.precision, args.kernels)
-            require_contract(args.threads)
-            path = product_path(config)
-            require_products(path, model_config(sizes))
-            forget_peak()  # of verification, which is not training
+            path = product_path(config)  # may measure
+            require_all(args.threads, path, model_config(sizes))
+            forget_peak()
             rounds = Rounds(sizes, config, args.round_seconds, args.time_attention)
         except LoopLMError as error:
             raise BenchmarkError(str(error), error.hint) from error
-        ready = {"kernel_path": path.name, "precision": path.precision, "compiled": cached_kernels() > before}
+        ready = {"kernel_path": path.name, "precision": path.precision, "compiled": kernel_files() != before}
         return ready, rounds.answer
 
     serve(prepare)

@@ -12,7 +12,7 @@ what the best of several ways to multiply big float32 matrices reaches just then
 
 PyTorch is no dependency: in any environment, `pip install torch==2.13.0`, and give --torch-python that python.  Its
 compiled variants need a C++ compiler.  Nothing is timed before everything `looplm verify` checks of kernels and engine
-has passed in the very process that is timed.
+has passed, in a copy of the very process that is timed, on the same files of compiled kernels.
 """
 
 import argparse

@@ -12,6 +12,8 @@ Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 
+LINE = 16  # float32 elements on a cache line
+
 _WITHOUT_MEMORY = contextvars.ContextVar("without_memory", default=False)
 
 
@@ -26,6 +28,11 @@ def without_memory() -> Iterator[None]:
         yield
     finally:
         _WITHOUT_MEMORY.reset(token)
+
+
+def lined_up(elements: int) -> int:
+    """The next multiple of a cache line's float32 elements."""
+    return -(-elements // LINE) * LINE
 
 
 def aligned_empty(shape: tuple[int, ...]) -> Floats:

@@ -1,11 +1,15 @@
 """The gradient of a training objective: the hand-written backward pass through all loops.
 
 Backward needs what every application of a layer left behind, and each loop applies all layers again: most of a
-training's memory.  A workspace may keep less and run layers again from what it did keep, which gives the same bits:
+training's memory.  What a cheap pass over the rest brings back is never kept (normed and activated values, sums with a
+residual); a workspace may keep less still and run layers again, which gives the same bits:
 
-none    everything is kept
+none    nothing runs again
 loop    the state between loops is kept, and the activations of one loop; each other loop runs again before its backward
 layer   the input of every layer in every loop is kept, and the activations of one layer; each layer runs again
+
+Where nothing runs again, activations are read once, from the last to the first: the gradient, which grows meanwhile,
+lies where they lay (`gradient_begins`).
 """
 
 import dataclasses
@@ -13,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import Floats, Ints, aligned_empty
+from .arrays import Floats, Ints, aligned_empty, lined_up
 from .config import ModelConfig
 from .kernels import cross_entropy, embedding, gate_forward, rmsnorm
+from .kernels.product import Use
 from .kernels.product.select import PATHS, Path
-from .layer import Placement, layer_backward
-from .model import LOGIT_CHUNK, Tape, run_layers, run_loops
+from .layer import Activations, Placement, layer_backward
+from .model import LOGIT_CHUNK, Tape, add_up_layers, run_layers, run_loops, tape_sizes
 from .objectives import StageOne
 from .threads import run_all, shards
-from .weights import Weights, matrix_shapes
+from .weights import LAYER_MATRICES, Weights, matrix_shapes, parameter_count, sections
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,19 +44,46 @@ class Shard:
 
     def __init__(self, config: ModelConfig, batch: int, length: int, recompute: str, path: Path) -> None:
         loops, width, vocab = config.total_ut_steps, config.hidden_size, config.vocab_size
-        rows = batch * length
+        rows, size = batch * length, parameter_count(config)
         self.products = path.products(matrix_shapes(config))
-        self.tape = Tape(config, aligned_empty((loops, batch, length, width)), recompute, self.products)
+        begin, end = gradient_begins(config, rows, recompute)
+        behind, hidden = max(0, begin + size - end), aligned_empty((loops, batch, length, width))
+        self.tape = Tape(config, hidden, recompute, self.products, behind)
+        self.gradient = self.tape.memory[begin : begin + size]
         self.dhidden = aligned_empty((loops, rows, width))
         self.dx = aligned_empty((rows, width))
         self.loss = aligned_empty((loops, rows))
         self.logits = aligned_empty((min(rows, max(1, LOGIT_CHUNK // vocab)), vocab))
 
 
-def _matrices(weights: Weights) -> dict[str, Floats]:
-    found: dict[str, Floats] = {}
-    weights.with_matrices(lambda name, matrix: found.setdefault(name, matrix))
-    return found
+def gradient_begins(config: ModelConfig, rows: int, recompute: str) -> tuple[int, int]:
+    """The element of a tape's memory where the flat gradient may begin, and the one where activations end.
+
+    What is behind the layers is added to from the start, and must lie behind all activations; so must an embedding that
+    is the head too.  A layer's gradient is first added to when the layer's last application is next, in whose place and
+    before which activations still count.  The embedding's comes when none does.
+    """
+    layers, part = config.num_hidden_layers, sections(config)
+    each, (kept, _) = Activations.elements(config, rows), tape_sizes(config.total_ut_steps, layers, recompute)
+    if recompute != "none" or config.tie_word_embeddings:
+        return kept * each, kept * each
+    free = [(kept - layers + index + 1) * each - layer.start for index, layer in enumerate(part.layers)]
+    return lined_up(max(0, *free, kept * each - part.rest.start)), kept * each
+
+
+def packing_rooms(config: ModelConfig, path: Path, recompute: str) -> dict[str, Any]:
+    """What every matrix is packed into, by the names of `Weights.with_matrices`.
+
+    Where no layer runs again, its backward products begin when all its forward ones are done: the weight is packed for
+    the ones and for the others at that moment, into the same memory.  The head's take turns all the time.
+    """
+    *of_layer, head = matrix_shapes(config)
+    named = [
+        (f"{index}.{name}", shape)
+        for index in range(config.num_hidden_layers)
+        for name, shape in zip(LAYER_MATRICES, of_layer, strict=True)
+    ]
+    return {name: path.room(shape, recompute != "none") for name, shape in named} | {"head": path.room(head, True)}
 
 
 class GradientWorkspace:
@@ -69,28 +101,38 @@ class GradientWorkspace:
         recompute: str = "none",
         path: Path = PATHS["panels"],
     ) -> None:
-        self.path = path
+        self.path, self.in_turn = path, recompute == "none"
         self.parts = shards(batch, threads)
         self.shards = [Shard(config, part.stop - part.start, length, recompute, path) for part in self.parts]
-        self.gradients = [Weights.zeros(config) for _ in self.parts]
-        self.rooms = {name: path.room(matrix.shape) for name, matrix in _matrices(self.gradients[0]).items()}
+        self.gradients = [Weights.from_flat(config, shard.gradient) for shard in self.shards]
+        self.rooms = packing_rooms(config, path, recompute)
 
     def packed(self, weights: Weights) -> Weights:
-        """The weights as the products read them: packed once for all loops, forward and backward."""
-        matrices = _matrices(weights)
+        """The weights as the products of all loops read them; those of layers forward only if `in_turn`."""
+        return self._packed(weights, list(self.rooms), "forward" if self.in_turn else "both")
+
+    def packed_for_backward(self, weights: Weights, packed: Weights) -> Weights:
+        """The same for the layers' backward pass; `packed` is of no more use then."""
+        if not self.in_turn:
+            return packed
+        return self._packed(weights, [name for name in self.rooms if name != "head"], "backward")
+
+    def _packed(self, weights: Weights, names: list[str], use: Use) -> Weights:
+        matrices: dict[str, Floats] = {}
+        weights.with_matrices(lambda name, matrix: matrices.setdefault(name, matrix))
         packed: dict[str, Any] = {}
 
         def pack(names: list[str]) -> None:
             for name in names:
-                packed[name] = self.path.pack(matrices[name], self.rooms[name])
+                packed[name] = self.path.pack(matrices[name], self.rooms[name], "both" if name == "head" else use)
 
-        names, threads = list(matrices), len(self.parts)
+        threads = len(self.parts)
         run_all(pack, [names[first::threads] for first in range(threads)])
-        return weights.with_matrices(lambda name, matrix: packed[name])
+        return weights.with_matrices(lambda name, matrix: packed.get(name, matrix))
 
     @property
     def total(self) -> Weights:
-        """Where `gradient` leaves its result."""
+        """Where `gradient` leaves its result, until it is called again."""
         return self.gradients[0]
 
 
@@ -107,19 +149,30 @@ def gradient(
     input_ids, target: BS.  The result is the same bits for the same number of threads and the same path.
     """
     counted = max(1, int((target >= 0).sum()))
-    weights = workspace.packed(weights)
+    packed, every = workspace.packed(weights), list(range(len(workspace.parts)))
+    ids = [np.ascontiguousarray(input_ids[rows]) for rows in workspace.parts]
+    starts = [None if start is None else start[rows] for rows in workspace.parts]
+    places = [
+        Placement.of(weights.config, len(own), own.shape[1], first) for own, first in zip(ids, starts, strict=True)
+    ]
 
-    def work(index: int) -> GradientReport:
+    def forward_part(index: int) -> GradientReport:
         rows, shard, dweights = workspace.parts[index], workspace.shards[index], workspace.gradients[index]
-        ids, wanted = np.ascontiguousarray(input_ids[rows]), np.ascontiguousarray(target[rows]).reshape(-1)
-        place = Placement.of(weights.config, len(ids), ids.shape[1], None if start is None else start[rows])
-        dweights.contiguous()[:] = 0.0
-        run_loops(weights, shard.tape, ids, place)
-        report = _loss_and_dhidden(weights, dweights, shard, wanted, objective, 1.0 / counted)
-        _backward_through_loops(weights, dweights, shard, ids, place)
-        return report
+        run_loops(packed, shard.tape, ids[index], places[index])
+        wanted, part = np.ascontiguousarray(target[rows]).reshape(-1), sections(weights.config)
+        shard.gradient[part.rest] = 0.0
+        if weights.config.tie_word_embeddings:
+            shard.gradient[part.embedding] = 0.0
+        return _loss_and_dhidden(packed, dweights, shard, wanted, objective, 1.0 / counted)
 
-    reports = run_all(work, list(range(len(workspace.parts))))
+    reports = run_all(forward_part, every)
+    packed = workspace.packed_for_backward(weights, packed)
+
+    def backward_part(index: int) -> None:
+        shard, dweights = workspace.shards[index], workspace.gradients[index]
+        _backward_through_loops(packed, dweights, shard, ids[index], places[index])
+
+    run_all(backward_part, every)
     total = workspace.total.contiguous()
     for other in workspace.gradients[1:]:
         np.add(total, other.contiguous(), out=total)
@@ -180,17 +233,23 @@ def _backward_through_loops(
 ) -> None:
     """From the gradients of all states back to the embedding; each loop adds to the same shared tensors."""
     config, layers, tape, dx = weights.config, weights.layers, shard.tape, shard.dx
-    every = len(tape.hidden) * len(layers)
+    every, part, flat = len(tape.hidden) * len(layers), sections(config), shard.gradient
     for application in range(every - 1, -1, -1):
         r, index = divmod(application, len(layers))
         after = application + 1
         if after < every and after % tape.kept == 0:  # the block that ends here was overwritten by the one after it
             run_layers(weights, tape, range(after - tape.kept, after), place)
+        elif after < every and after % len(layers) == 0:  # outputs alone were, by those of the next loop
+            add_up_layers(weights, tape, range(after - len(layers), after))
         if index == len(layers) - 1:
             if after < every:  # this state was also the next loop's input
                 np.add(shard.dhidden[r], dx, out=shard.dhidden[r])
             last = tape.output(application)
             rmsnorm.backward_into(dx, dweights.norm, shard.dhidden[r], last, weights.norm, tape.rrms[r], False)
+        if after > every - len(layers):  # the first time; activations may have lain there until now
+            flat[part.layers[index]] = 0.0
         x, saved = tape.input(application), tape.saved(application)
         layer_backward(dx, dweights.layers[index], layers[index], config, x, saved, tape.scratch, place)
+    if not config.tie_word_embeddings:
+        flat[part.embedding] = 0.0
     embedding.scatter_add_into(dweights.embedding, dx, input_ids.reshape(-1))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .arrays import Array, Floats, Ints, aligned_empty
+from .arrays import Array, Floats, Ints, aligned_empty, lined_up
 from .config import ModelConfig
 from .kernels import attention, rmsnorm, rope, swiglu
 from .kernels.product import BlasProducts, Products
@@ -42,19 +42,37 @@ class Placement:
 
 
 class Activations:
-    """What one application of a layer leaves for its backward pass."""
+    """What one application of a layer leaves for its backward pass.
 
-    def __init__(self, config: ModelConfig, batch: int, length: int) -> None:
-        rows, width = batch * length, config.hidden_size
-        heads, groups, channels = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        self.qkv = aligned_empty((rows, (heads + 2 * groups) * channels))  # q and k after rotation
-        self.attention = aligned_empty((rows, heads * channels))
-        self.lse = aligned_empty((rows, heads))
-        self.attention_out = aligned_empty((rows, width))
-        self.mid = aligned_empty((rows, width))
-        self.gate_up = aligned_empty((rows, 2 * config.intermediate_size))
-        self.mlp_out = aligned_empty((rows, width))
-        self.rrms = aligned_empty((4, rows))
+    Not the sums with both residuals: they come back, to the bit, from one cheap pass over what is kept and the input.
+    """
+
+    def __init__(self, config: ModelConfig, rows: int, memory: Floats) -> None:
+        """Views into `memory`, which has `elements` of these arguments."""
+        views, at = [], 0
+        for shape in self._shapes(config, rows):
+            size = shape[0] * shape[1]
+            views.append(memory[at : at + size].reshape(shape))
+            at += lined_up(size)
+        self.qkv, self.attention, self.lse, self.attention_out, self.gate_up, self.mlp_out, self.rrms = views
+
+    @staticmethod
+    def _shapes(config: ModelConfig, rows: int) -> list[tuple[int, int]]:
+        width, heads, channels = config.hidden_size, config.num_attention_heads, config.head_dim
+        return [
+            (rows, (heads + 2 * config.num_key_value_heads) * channels),  # qkv: q and k after rotation
+            (rows, heads * channels),  # attention
+            (rows, heads),  # lse
+            (rows, width),  # attention_out
+            (rows, 2 * config.intermediate_size),  # gate_up
+            (rows, width),  # mlp_out
+            (4, rows),  # rrms
+        ]
+
+    @classmethod
+    def elements(cls, config: ModelConfig, rows: int) -> int:
+        """What they take, in float32."""
+        return sum(lined_up(rows * columns) for rows, columns in cls._shapes(config, rows))
 
 
 class Scratch:
@@ -74,6 +92,7 @@ class Scratch:
         self.products = products or BlasProducts()
         self.rows = rows
         self.normed = aligned_empty((block, config.hidden_size))
+        self.mid = aligned_empty((block, config.hidden_size))
         self.activated = aligned_empty((block, config.intermediate_size))
         buffer_size = attention.forward_buffer_size(keys, channels)
         if backward:
@@ -152,15 +171,33 @@ def _mix(
     """mid = x + norm_2(attention_out(attention)), out = mid + norm_4(down(swiglu(gate_up(norm_3(mid))))), some rows."""
     eps, products, rrms = config.rms_norm_eps, scratch.products, saved.rrms[:, block]
     normed, activated = scratch.normed[: len(x)], scratch.activated[: len(x)]
-    attention_out, mid = saved.attention_out[block], saved.mid[block]
-    products.forward_into(attention_out, saved.attention[block], layer.attention_out)
-    rmsnorm.residual_forward_into(mid, rrms[1], attention_out, x, layer.norm_2, eps)
+    products.forward_into(saved.attention_out[block], saved.attention[block], layer.attention_out)
+    mid = _add_attention(layer, config, x, block, saved, scratch)
     gate_up, mlp_out = saved.gate_up[block], saved.mlp_out[block]
     rmsnorm.forward_into(normed, rrms[2], mid, layer.norm_3, eps)
     products.forward_into(gate_up, normed, layer.gate_up)
     swiglu.forward_into(activated, gate_up)
     products.forward_into(mlp_out, activated, layer.down)
     rmsnorm.residual_forward_into(out, rrms[3], mlp_out, mid, layer.norm_4, eps)
+
+
+def _add_attention(
+    layer: LayerWeights, config: ModelConfig, x: Floats, block: slice, saved: Activations, scratch: Scratch
+) -> Floats:
+    """mid = x + norm_2(attention_out) of some rows; forward and backward call it alike, and so get the same bits."""
+    mid, eps = scratch.mid[: len(x)], config.rms_norm_eps
+    rmsnorm.residual_forward_into(mid, saved.rrms[1, block], saved.attention_out[block], x, layer.norm_2, eps)
+    return mid
+
+
+def layer_output(
+    layer: LayerWeights, config: ModelConfig, x: Floats, out: Floats, saved: Activations, scratch: Scratch
+) -> None:
+    """x: ND -> out: ND, once more after `layer_forward`, to the bit: the sums alone, from what it left."""
+    for block in scratch.blocks():
+        mid = _add_attention(layer, config, x[block], block, saved, scratch)
+        rrms, mlp_out = saved.rrms[3, block], saved.mlp_out[block]
+        rmsnorm.residual_forward_into(out[block], rrms, mlp_out, mid, layer.norm_4, config.rms_norm_eps)
 
 
 def layer_backward(
@@ -178,7 +215,7 @@ def layer_backward(
     Both residual paths carry the gradient on unchanged, so it stays in dx and each branch adds its own part.
     """
     for block in scratch.blocks():
-        _mix_backward(dx[block], dlayer, layer, block, saved, scratch)
+        _mix_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch)
     q, k, v = split_heads(config, saved.qkv, place)
     dq, dk, dv = split_heads(config, scratch.dqkv, place)
     attention.attend_backward_into(
@@ -199,13 +236,20 @@ def layer_backward(
 
 
 def _mix_backward(
-    dx: Floats, dlayer: LayerWeights, layer: LayerWeights, block: slice, saved: Activations, scratch: Scratch
+    dx: Floats,
+    dlayer: LayerWeights,
+    layer: LayerWeights,
+    config: ModelConfig,
+    x: Floats,
+    block: slice,
+    saved: Activations,
+    scratch: Scratch,
 ) -> None:
     """From the gradient of `out` to those of `mid` (in dx) and of `attention`, some rows."""
     products, rrms, rows = scratch.products, saved.rrms[:, block], len(dx)
     dout, normed, activated = scratch.dout[:rows], scratch.normed[:rows], scratch.activated[:rows]
     dactivated, dgate_up = scratch.dactivated[:rows], scratch.dgate_up[:rows]
-    gate_up, mid = saved.gate_up[block], saved.mid[block]
+    gate_up, mid = saved.gate_up[block], _add_attention(layer, config, x, block, saved, scratch)
     rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out[block], layer.norm_4, rrms[3], False)
     swiglu.forward_into(activated, gate_up)
     products.accumulate_dweight(dlayer.down, dout, activated)

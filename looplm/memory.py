@@ -5,6 +5,8 @@ Knowingly not counted: the text's token ids (they are there, and so counted, bef
 numbers per position that live for a moment.
 """
 
+import contextlib
+import ctypes
 import os
 import pathlib
 from collections.abc import Iterator
@@ -15,13 +17,13 @@ import numpy as np
 from .arrays import Array, aligned_empty, without_memory
 from .config import ModelConfig
 from .errors import ConfigError
-from .gradient import Shard
+from .gradient import Shard, packing_rooms
 from .kernels.product.select import Path
 from .model import LOGIT_CHUNK, Tape
 from .settings import RECOMPUTE, TrainConfig
 from .sizes import FLOAT_BYTES
 from .threads import shards
-from .weights import matrix_shapes, parameter_count
+from .weights import parameter_count
 
 PROCESS = 148 << 20  # Python, NumPy and loaded kernels, as measured by benchmarks/memory.py (compiling them: 213 MiB)
 SHARE = 0.8  # of the memory available that a training may take: other programs live too
@@ -47,21 +49,22 @@ def predicted_peak(
         parts = [part.stop - part.start for part in shards(batch, threads)]
         made = [Shard(config, rows, length, recompute, path) for rows in parts]
         tapes = [shard.tape for shard in made]
+        activations = sum(FLOAT_BYTES * tape.activation_elements for tape in tapes)
         buffers = {
-            "activations": nbytes([tape.activations for tape in tapes]),
+            "activations": activations,
+            "gradients": nbytes([tape.memory for tape in tapes]) - activations,  # the part that lies behind them
             "layer outputs": nbytes([tape.outputs for tape in tapes]),
             "loop states": nbytes([[shard.dhidden, shard.tape.hidden] for shard in made]),
             "logits": nbytes([shard.logits for shard in made]),
         }
         scratch = nbytes(made) - sum(buffers.values())
         evaluation = sum(_evaluation(config, rows, length) for rows in parts)
-        *of_layer, head = [nbytes(path.room(shape)) for shape in matrix_shapes(config)]
+        packed = nbytes(list(packing_rooms(config, path, recompute).values()))
     return {
         "process": max((resident() or 0) - held, PROCESS),
         "weights": weights,
-        "gradients": len(parts) * weights,
         "moments": 2 * weights,
-        "packed weights": config.num_hidden_layers * sum(of_layer) + head,
+        "packed weights": packed,
         **buffers,
         "scratch": scratch,
         "evaluation": evaluation,
@@ -76,8 +79,12 @@ def _evaluation(config: ModelConfig, batch: int, length: int) -> int:
 
 
 def nbytes(value: Any) -> int:
-    """Bytes of all arrays that a value leads to; what is reached twice counts once."""
-    return sum({id(array): array.nbytes for array in arrays_of(value)}.values())
+    """Bytes of all arrays that a value leads to; of those over the same memory, only the largest counts."""
+    largest: dict[int, int] = {}
+    for array in arrays_of(value):
+        owner = id(array if array.base is None else array.base)
+        largest[owner] = max(largest.get(owner, 0), array.nbytes)
+    return sum(largest.values())
 
 
 def arrays_of(value: Any) -> Iterator[Array]:
@@ -130,6 +137,15 @@ def resident() -> int | None:
     except OSError:
         return None
     return int(pages) * os.sysconf("SC_PAGE_SIZE")
+
+
+def give_back() -> None:
+    """Return to the system what this process holds in free pieces, where the allocator can.
+
+    Reading a corpus of a megabyte and making its tokenizer leaves 39 MiB of them.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # no such function but in the GNU library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def available_memory(sharing: int = 1, root: str = "/") -> int | None:

@@ -15,36 +15,54 @@ from .arrays import Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .kernels import cross_entropy, embedding, exit_distribution_forward, exit_loop, gate_forward, rmsnorm
 from .kernels.product import Products
-from .layer import Activations, Placement, Scratch, layer_forward
+from .layer import Activations, Placement, Scratch, layer_forward, layer_output
 from .threads import run_all, shards
-from .weights import Weights
+from .weights import LayerWeights, Weights
 
 LOGIT_CHUNK = 1 << 19  # logits alive at once in one thread (2 MiB): a whole vocabulary for a few hundred positions
 
 Taps = list[tuple[str, Floats]]  # intermediate arrays by name, in forward order
 
 
+def tape_sizes(loops: int, layers: int, recompute: str | None) -> tuple[int, int]:
+    """Of how many applications of a layer the activations are kept, and of how many the outputs."""
+    every = loops * layers
+    return {None: (1, 2), "none": (every, layers), "loop": (layers, layers), "layer": (1, every)}[recompute]
+
+
 class Tape:
     """The buffers of one shard's forward pass, and what of it is still there when a backward pass begins.
 
     The R * L applications of a layer are numbered in forward order.  Activations of the last `kept` of them are in
-    memory, each following block of `kept` overwriting the one before.
+    memory, each following block of `kept` overwriting the one before.  Outputs of layers are overwritten as well: where
+    all activations are kept, those of a whole loop come back by sums alone (`add_up_layers`).
     """
 
     def __init__(
-        self, config: ModelConfig, hidden: Floats, recompute: str | None = None, products: Products | None = None
+        self,
+        config: ModelConfig,
+        hidden: Floats,
+        recompute: str | None = None,
+        products: Products | None = None,
+        behind: int = 0,
     ) -> None:
-        """`hidden` (RBSD) will hold the state after each loop.  `recompute` as in TrainConfig; None: no backward."""
+        """`hidden` (RBSD) will hold the state after each loop.  `recompute` as in TrainConfig; None: no backward.
+
+        `memory` has room for so many elements `behind` all activations.
+        """
         loops, batch, length, width = hidden.shape
         rows, layers = batch * length, config.num_hidden_layers
-        every = loops * layers
-        sets = {None: (1, 2), "none": (every, every), "loop": (layers, layers), "layer": (1, every)}
-        self.kept, outputs = sets[recompute]
+        self.kept, outputs = tape_sizes(loops, layers, recompute)
         self._layers = layers
         self.hidden = hidden
         self.rrms = aligned_empty((loops, rows))  # of the norm that ends each loop
         self.embedded = aligned_empty((rows, width))
-        self.activations = [Activations(config, batch, length) for _ in range(self.kept)]
+        each = Activations.elements(config, rows)
+        self.memory = aligned_empty((self.kept * each + behind,))
+        self.activation_elements = self.kept * each
+        self.activations = [
+            Activations(config, rows, self.memory[at * each : (at + 1) * each]) for at in range(self.kept)
+        ]
         self.outputs = [aligned_empty((rows, width)) for _ in range(outputs)]
         self.scratch = Scratch(config, batch, length, length, recompute is not None, products)
 
@@ -83,16 +101,30 @@ def run_layers(weights: Weights, tape: Tape, applications: range, place: Placeme
         x, saved = tape.input(application), tape.saved(application)
         layer_forward(weights.layers[index], config, x, tape.output(application), saved, tape.scratch, place)
         if taps is not None:
-            _tap_layer(taps, f"loop{r + 1}.layer{index + 1}", config, x, saved, place)
+            _tap_layer(taps, f"loop{r + 1}.layer{index + 1}", weights.layers[index], config, x, saved, place)
 
 
-def _tap_layer(taps: Taps, where: str, config: ModelConfig, x: Floats, saved: Activations, place: Placement) -> None:
-    shape = (place.batch, place.length)
+def add_up_layers(weights: Weights, tape: Tape, applications: range) -> None:
+    """The outputs of these applications of a layer once more, from their activations and the input of the first."""
+    for application in applications:
+        layer, x, out = (
+            weights.layers[application % len(weights.layers)],
+            tape.input(application),
+            tape.output(application),
+        )
+        layer_output(layer, weights.config, x, out, tape.saved(application), tape.scratch)
+
+
+def _tap_layer(
+    taps: Taps, where: str, layer: LayerWeights, config: ModelConfig, x: Floats, saved: Activations, place: Placement
+) -> None:
+    shape, mid, rrms = (place.batch, place.length), np.empty_like(x), np.empty_like(saved.rrms[1])
+    rmsnorm.residual_forward_into(mid, rrms, saved.attention_out, x, layer.norm_2, config.rms_norm_eps)
     heads, groups, channels = config.num_attention_heads, config.num_key_value_heads, config.head_dim
     borders = (heads * channels, (heads + groups) * channels)
     named = dict(zip("qkv", np.split(saved.qkv, borders, axis=1), strict=True))
     gate, up = np.split(saved.gate_up, 2, axis=1)
-    named = {"x": x, **named, "attention": saved.attention, "attention_out": saved.attention_out, "mid": saved.mid}
+    named = {"x": x, **named, "attention": saved.attention, "attention_out": saved.attention_out, "mid": mid}
     named |= {"gate": gate, "up": up, "mlp_out": saved.mlp_out}
     for name, value in named.items():
         split = (-1, channels) if name in ("q", "k", "v") else (-1,)

@@ -23,7 +23,7 @@ from .errors import ConfigError, TrainingError
 from .gradient import GradientReport, GradientWorkspace, gradient
 from .kernels import adamw_update, gradient_norm
 from .kernels.product.select import Path, choose
-from .memory import choose_recompute
+from .memory import choose_recompute, give_back
 from .objectives import StageOne, entropy, log_prior
 from .ranks import ALONE, Ranks, share
 from .settings import TrainConfig
@@ -205,6 +205,7 @@ class Trainer:
         batch = self._own_rows(self.source.batch(progress.step))
         if self._workspace is None:
             rows, length = batch.input_ids.shape
+            give_back()  # what preparing left; all that is large comes now
             shape = (self.weights.config, rows, length, self.threads)
             self._workspace = GradientWorkspace(*shape, self.recompute, self.path)
         found = gradient(self.weights, self._workspace, batch.input_ids, batch.target, self._objective, batch.start)

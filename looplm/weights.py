@@ -7,6 +7,7 @@ The flat buffer makes the optimizer, the gradient norm and a checkpoint one loop
 import copy
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -69,6 +70,23 @@ def parameter_table(config: ModelConfig) -> tuple[Parameter, ...]:
         table.append(Parameter(name, shape, offset))
         offset += table[-1].size
     return tuple(table)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sections:
+    """The flat buffer in parts: the embedding, every layer, and what comes after them."""
+
+    embedding: slice
+    layers: list[slice]
+    rest: slice  # final norm, gate, and the head unless it is tied to the embedding
+
+
+def sections(config: ModelConfig) -> Sections:
+    """Where these lie in the flat buffer, in elements; each ends where the next begins."""
+    borders = [p.offset for p in parameter_table(config) if p.name.endswith(".input_layernorm.weight")]
+    borders.append(next(p.offset for p in parameter_table(config) if p.name == "model.norm.weight"))
+    layers = [slice(begin, end) for begin, end in itertools.pairwise(borders)]
+    return Sections(slice(0, borders[0]), layers, slice(borders[-1], parameter_count(config)))
 
 
 def parameter_count(config: ModelConfig) -> int:

@@ -14,8 +14,9 @@ from looplm import gradient as gradient_module
 from looplm import model
 from looplm.arrays import Ints
 from looplm.gradient import GradientReport, GradientWorkspace, gradient
+from looplm.layer import Activations, Placement
 from looplm.memory import arrays_of
-from looplm.model import forward
+from looplm.model import Tape, forward
 from looplm.objectives import StageOne, log_prior
 from looplm.settings import RECOMPUTE
 from looplm.weights import Weights
@@ -38,7 +39,8 @@ def run_gradient(
 ) -> tuple[GradientReport, Weights]:
     workspace = GradientWorkspace(weights.config, *ids.shape, threads, recompute)
     objective = StageOne(ENTROPY_WEIGHT, log_prior(prior, weights.config.total_ut_steps))
-    for buffer in (*arrays_of(workspace.shards), *(part.contiguous() for part in workspace.gradients)):
+    rooms, gradients = list(workspace.rooms.values()), [part.contiguous() for part in workspace.gradients]
+    for buffer in arrays_of([workspace.shards, gradients, rooms]):
         buffer[...] = np.nan  # what a step before has left must not matter
     return gradient(weights, workspace, ids, target, objective, start), workspace.total
 
@@ -192,6 +194,63 @@ def test_what_is_computed_again_is_the_same_to_the_bit(name: str, padded: bool, 
         np.testing.assert_array_equal(total.contiguous(), other.contiguous())
         np.testing.assert_array_equal(report.loss, other_report.loss)
         assert report.objective == other_report.objective
+
+
+def test_outputs_of_layers_come_back_to_the_bit() -> None:
+    """Where nothing runs again they are kept for one loop only: those of earlier loops are sums of what is kept."""
+    weights, layers = random_weights(), CONFIG.num_hidden_layers
+    ids, _ = batch_of(CONFIG)
+    place = Placement.of(CONFIG, *ids.shape, None)
+    tape = Tape(CONFIG, np.empty((CONFIG.total_ut_steps, *ids.shape, CONFIG.hidden_size), np.float32), "none")
+    model.embedding.gather_into(tape.embedded, ids.reshape(-1), weights.embedding)
+    expected = []
+    for r, after in enumerate(tape.hidden):
+        model.run_layers(weights, tape, range(r * layers, (r + 1) * layers), place)
+        expected += [output.copy() for output in tape.outputs]
+        after[...] = tape.outputs[-1].reshape(after.shape)
+    for r in reversed(range(CONFIG.total_ut_steps)):
+        applications = range(r * layers, (r + 1) * layers)
+        for buffer in tape.outputs:
+            buffer[...] = np.nan
+        model.add_up_layers(weights, tape, applications)
+        for application in applications:
+            np.testing.assert_array_equal(tape.output(application), expected[application])
+    assert len(tape.outputs) == layers
+
+
+@pytest.mark.parametrize("forgotten", ["add_up_layers", "packed_for_backward"])
+def test_what_takes_turns_in_memory_must_come_back(forgotten: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The comparisons above can fail: without either, the gradient is another, or there is none."""
+    weights = random_weights()
+    _, right = run_gradient(weights, *batch_of(CONFIG))
+    if forgotten == "add_up_layers":
+        monkeypatch.setattr(gradient_module, forgotten, lambda *given: None)
+        _, wrong = run_gradient(weights, *batch_of(CONFIG))
+        assert (wrong.contiguous() != right.contiguous()).any()
+        return
+    monkeypatch.setattr(GradientWorkspace, forgotten, lambda self, weights, packed: packed)
+    with pytest.raises(Exception, match=r"(?i)none"):
+        run_gradient(weights, *batch_of(CONFIG))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(1, 5), (8, 32)])  # activations smaller than a layer's gradient, larger
+def test_a_gradient_lies_where_activations_lay_and_no_nearer(
+    batch: int, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It saves memory; one application further in, it would overwrite what is still to be read."""
+    weights, given = random_weights(), batch_of(CONFIG, batch, length)
+    begin, end = gradient_module.gradient_begins(CONFIG, batch * length, "none")
+    assert begin < end
+    _, right = run_gradient(weights, *given)
+    for recompute in ("loop", "layer"):
+        begins = gradient_module.gradient_begins(CONFIG, batch * length, recompute)
+        assert begins[0] == begins[1]
+        _, other = run_gradient(weights, *given, recompute=recompute)
+        np.testing.assert_array_equal(right.contiguous(), other.contiguous())
+    each = Activations.elements(CONFIG, batch * length)
+    monkeypatch.setattr(gradient_module, "gradient_begins", lambda *_: (max(0, begin - each), end))
+    _, wrong = run_gradient(weights, *given)
+    assert not np.array_equal(wrong.contiguous(), right.contiguous())
 
 
 def test_a_workspace_used_before_gives_the_same_bits() -> None:

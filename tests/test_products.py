@@ -17,6 +17,7 @@ from looplm.kernels.product.pairs import packed_pairs
 from looplm.kernels.product.panels import Packed, PanelProducts
 from looplm.kernels.product.select import PATHS, choose
 from looplm.kernels.vectors import TILE_COLUMNS, TILE_ROWS, bfloat_bits
+from looplm.memory import nbytes
 from looplm_cli import verification
 from looplm_reference import bfloat16, contract, ops
 
@@ -112,6 +113,22 @@ def test_a_packed_weight_may_be_filled_again() -> None:
         packed.fill(weight)
         products.forward_into(y, x, packed)
         assert contract.relative_error(x.astype(np.float64) @ weight.T, y) < 1e-6
+
+
+@pytest.mark.parametrize("path", [PATHS[name] for name in ("panels", "pairs", "tiles")], ids=lambda path: path.name)
+def test_both_arrangements_of_a_weight_may_take_turns_in_one_room(path: select.Path) -> None:
+    """Half the memory; each is what it is in a room of its own, and what is overwritten can no longer be read."""
+    shape = (48, 35)
+    weight = np.random.default_rng(2).standard_normal(shape, np.float32)
+    together, apart = path.pack(weight, path.room(shape)), path.room(shape, False)
+    room = max(together.plain.nbytes, together.transposed.nbytes)
+    assert nbytes([apart.plain, apart.transposed]) == room < nbytes([together.plain, together.transposed])
+    for use, there, missing in (("forward", "transposed", "plain"), ("backward", "plain", "transposed")) * 2:
+        packed, expected = path.pack(weight, apart, use), getattr(together, there)
+        np.testing.assert_array_equal(getattr(packed, there)[: expected.size], expected)
+        assert getattr(packed, missing) is None
+    with pytest.raises(AssertionError, match="one arrangement would overwrite the other"):
+        path.pack(weight, apart)
 
 
 @pytest.fixture

@@ -4,14 +4,15 @@ A path turns a weight into what its products want to read (a `Matrix`), once per
 a `Products` of its own: see select.py for the paths there are.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from ...arrays import Floats
 from .blas import BlasProducts
 
-__all__ = ["BlasProducts", "Matrix", "Products"]
+__all__ = ["BlasProducts", "Matrix", "Products", "Use"]
 
 Matrix = Any  # a weight as one path's products read it; only `Path.pack` makes it
+Use = Literal["both", "forward", "backward"]  # which products a weight is packed for: forward_into, dx_into
 
 
 class Products(Protocol):

@@ -12,6 +12,8 @@ import numpy as np
 from ...arrays import Array, Floats, aligned_empty
 from ..jit import njit
 from ..vectors import pair_eight, pair_neighbours, pair_one, transpose_eight
+from . import Use
+from .panels import arranged_for, two_rooms
 
 _ZERO, _LOWER = np.uint32(0), np.uint32(0xFFFF)
 
@@ -28,26 +30,34 @@ def depth_of(numbers: int, step: int = 1) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class PackedWords:
-    """One weight matrix, N x K, in both arrangements: panels `columns` wide, depths a multiple of `step` words."""
+    """One weight matrix, N x K, in both arrangements: panels `columns` wide, depths a multiple of `step` words.
+
+    An arrangement that is not there is None, so that no product reads it.
+    """
 
     shape: tuple[int, int]
     columns: int
     step: int
-    plain: Array  # K/columns x depth of N x columns
-    transposed: Array  # N/columns x depth of K x columns
+    plain: Array | None  # K/columns x depth of N x columns
+    transposed: Array | None  # N/columns x depth of K x columns
     lines: Array  # eight rows of the weight on their way into `transposed`
 
     @classmethod
-    def empty(cls, shape: tuple[int, int], columns: int, step: int) -> "PackedWords":
+    def empty(cls, shape: tuple[int, int], columns: int, step: int, apart: bool = True) -> "PackedWords":
+        """Room for both arrangements; unless they lie `apart`, in the same memory: for one at a time."""
         n, k = shape
-        plain = empty_words(-(-k // columns) * depth_of(n, step) * columns)
-        transposed = empty_words(-(-n // columns) * depth_of(k, step) * columns)
+        sizes = -(-k // columns) * depth_of(n, step) * columns, -(-n // columns) * depth_of(k, step) * columns
+        plain, transposed = two_rooms(sizes, apart, empty_words)
         return cls(shape, columns, step, plain, transposed, empty_words(8 * depth_of(k, step)))
 
-    def fill(self, weight: Floats) -> None:
-        n, k = self.shape
-        pack_right(self.plain, weight, 0, n, self.columns, depth_of(n, self.step))
-        _pack_transposed(self.transposed, weight, self.lines, self.columns, depth_of(k, self.step))
+    def fill(self, weight: Floats, use: Use = "both") -> "PackedWords":
+        """The weight, packed into this room for what it is to be used for."""
+        (n, k), filled = self.shape, arranged_for(self, use)
+        if filled.plain is not None:
+            pack_right(filled.plain, weight, 0, n, self.columns, depth_of(n, self.step))
+        if filled.transposed is not None:
+            _pack_transposed(filled.transposed, weight, self.lines, self.columns, depth_of(k, self.step))
+        return filled
 
 
 @njit

@@ -20,9 +20,9 @@ SPARE = 8  # words that a block of packed tiles may spill over
 _ZERO = np.uint32(0)
 
 
-def packed_pairs(shape: tuple[int, int]) -> PackedWords:
+def packed_pairs(shape: tuple[int, int], apart: bool = True) -> PackedWords:
     """Room for a weight N x K: panels as wide as a register tile, depths as they come."""
-    return PackedWords.empty(shape, TILE_COLUMNS, 1)
+    return PackedWords.empty(shape, TILE_COLUMNS, 1, apart)
 
 
 class PairProducts:

@@ -9,13 +9,15 @@ The loops over tiles serve pairs.py too, where an element of an operand is a wor
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import numpy as np
 
-from ...arrays import Floats, aligned_empty
+from ...arrays import Array, Floats, aligned_empty
 from ..jit import njit
 from ..vectors import TILE_COLUMNS, TILE_ROWS, move_eight, tile, tile_of_one_row, transpose_eight
+from . import Use
 
 ROW_BLOCK = 1 << 15  # floats of the left operand that stay in the second-level cache (128 KiB)
 MAX_ROWS = 1024  # rows in a block, whatever the depth
@@ -26,32 +28,52 @@ SPARE = 8 - TILE_ROWS  # numbers that a block of packed tiles may spill over
 
 _ZERO = np.float32(0.0)
 
+Arranged = TypeVar("Arranged", bound=Any)  # Packed, or packing.PackedWords
+
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """One weight matrix, N x K, in both arrangements."""
+    """One weight matrix, N x K, in both arrangements; one that is not there is None, so that no product reads it."""
 
     shape: tuple[int, int]
-    plain: Floats  # panels of the weight: K/TILE_COLUMNS x N x TILE_COLUMNS
-    transposed: Floats  # panels of its transpose: N/TILE_COLUMNS x K x TILE_COLUMNS
+    plain: Floats | None  # panels of the weight: K/TILE_COLUMNS x N x TILE_COLUMNS
+    transposed: Floats | None  # panels of its transpose: N/TILE_COLUMNS x K x TILE_COLUMNS
 
     @classmethod
-    def empty(cls, shape: tuple[int, int]) -> "Packed":
+    def empty(cls, shape: tuple[int, int], apart: bool = True) -> "Packed":
+        """Room for both arrangements; unless they lie `apart`, in the same memory: for one at a time."""
         n, k = shape
-        return cls(
-            shape,
-            aligned_empty((panel_count(k), n, TILE_COLUMNS)),
-            aligned_empty((panel_count(n), k, TILE_COLUMNS)),
-        )
+        sizes = panel_count(k) * n * TILE_COLUMNS, panel_count(n) * k * TILE_COLUMNS
+        return cls(shape, *two_rooms(sizes, apart, lambda size: aligned_empty((size,))))
 
-    def fill(self, weight: Floats) -> None:
-        _pack_right(self.plain.reshape(-1), weight, 0, weight.shape[0])
-        _pack_transposed(self.transposed, weight)
+    def fill(self, weight: Floats, use: Use = "both") -> "Packed":
+        """The weight, packed into this room for what it is to be used for."""
+        filled = arranged_for(self, use)
+        if filled.plain is not None:
+            _pack_right(filled.plain, weight, 0, weight.shape[0])
+        if filled.transposed is not None:
+            _pack_transposed(filled.transposed, weight)
+        return filled
 
 
 def panel_count(columns: int) -> int:
     """Panels that so many columns take."""
     return -(-columns // TILE_COLUMNS)
+
+
+def two_rooms(sizes: tuple[int, int], apart: bool, empty: Callable[[int], Array]) -> tuple[Array, Array]:
+    """Memory of these sizes for two arrangements of a weight; the same for both unless they are to lie `apart`."""
+    if apart:
+        return empty(sizes[0]), empty(sizes[1])
+    shared = empty(max(sizes))
+    return shared, shared
+
+
+def arranged_for(room: Arranged, use: Use) -> Arranged:
+    """The room with those arrangements alone that this use wants: `transposed` forward, `plain` backward."""
+    assert use != "both" or room.plain is not room.transposed, "one arrangement would overwrite the other"
+    wanted = {"plain": use != "forward", "transposed": use != "backward"}
+    return dataclasses.replace(room, **{name: None for name, kept in wanted.items() if not kept})
 
 
 class PanelProducts:
@@ -80,15 +102,15 @@ class PanelProducts:
 def _pack_transposed(panels, weight):
     """panels[p, k, j] = weight[p * TILE_COLUMNS + j, k]; zero beyond the last row of the weight."""
     n, depth = weight.shape
-    flat, source = panels.reshape(-1), weight.reshape(-1)
-    for first in range(0, panels.shape[0] * TILE_COLUMNS, 8):
+    source = weight.reshape(-1)
+    for first in range(0, (n + TILE_COLUMNS - 1) // TILE_COLUMNS * TILE_COLUMNS, 8):
         at = first // TILE_COLUMNS * depth * TILE_COLUMNS + first % TILE_COLUMNS
         whole = depth // 8 * 8 if first + 8 <= n else 0
         for k in range(0, whole, 8):
-            transpose_eight(flat, at + k * TILE_COLUMNS, TILE_COLUMNS, source, first * depth + k, depth)
+            transpose_eight(panels, at + k * TILE_COLUMNS, TILE_COLUMNS, source, first * depth + k, depth)
         for k in range(whole, depth):
             for j in range(8):
-                flat[at + k * TILE_COLUMNS + j] = source[(first + j) * depth + k] if first + j < n else _ZERO
+                panels[at + k * TILE_COLUMNS + j] = source[(first + j) * depth + k] if first + j < n else _ZERO
 
 
 @njit
@@ -163,9 +185,9 @@ def _multiply(y, x, panels, edge):
     rows, depth = x.shape
     run = (depth + (depth + DEPTH - 1) // DEPTH - 1) // ((depth + DEPTH - 1) // DEPTH)  # equal runs
     block = min(MAX_ROWS, max(ROW_BLOCK // run, TILE_ROWS)) // TILE_ROWS * TILE_ROWS
-    x_flat, flat = x.reshape(-1), panels.reshape(-1)
+    flat = x.reshape(-1)
     for begin in range(0, rows, block):
-        rows_times_panels(y, begin, min(block, rows - begin), x_flat, begin * depth, depth, run, flat, edge)
+        rows_times_panels(y, begin, min(block, rows - begin), flat, begin * depth, depth, run, panels, edge)
 
 
 @njit

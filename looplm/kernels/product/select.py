@@ -16,6 +16,7 @@ import numpy as np
 
 from ...arrays import Floats, aligned_empty
 from ..jit import TILE_FEATURES, cache_folder, features, processor, tiles_refused
+from . import Use
 from .blas import BlasProducts, limit_blas_threads
 from .pairs import PairProducts, packed_pairs
 from .panels import Packed, PanelProducts
@@ -35,18 +36,18 @@ class Path:
     name: str
     precision: str  # what the operands are rounded to: fp32 or bf16
     summary: str
-    room: Callable[
-        [tuple[int, int]], Any
-    ]  # shape N x K -> what a weight is packed into; None: products read it as it is
+    # Shape N x K -> what a weight is packed into; None: products read it as it is.  A second argument, false, makes it
+    # of half the size, to be packed for one use at a time.
+    room: Callable[..., Any]
     products: Callable[[Sequence[tuple[int, int]]], Any]  # shapes of the weights -> one thread's Products
     needs: frozenset[str] = frozenset()  # features without which it is not worth choosing
 
-    def pack(self, weight: Floats, room: Any) -> Any:
-        """The weight, N x K, as the products want it; `room` becomes it, unless they read it as it is."""
-        if room is None:
-            return weight
-        room.fill(weight)
-        return room
+    def pack(self, weight: Floats, room: Any, use: Use = "both") -> Any:
+        """The weight, N x K, as the products want it, packed into `room` unless they read it as it is.
+
+        What the room held before is lost.
+        """
+        return weight if room is None else room.fill(weight, use)
 
     def missing(self) -> list[str]:
         """Features that are not here: without them a path runs on other instructions, and is right but slow."""
@@ -65,7 +66,7 @@ PATHS = {
     path.name: path
     for path in (
         Path("panels", "fp32", "register tiles", Packed.empty, PanelProducts),
-        Path("blas", "fp32", "NumPy's BLAS", lambda shape: None, BlasProducts),
+        Path("blas", "fp32", "NumPy's BLAS", lambda shape, apart=True: None, BlasProducts),
         Path(
             "pairs",
             "bf16",

@@ -29,9 +29,9 @@ LEFT_ROWS = 256  # rows of its left operand packed together (256 KiB)
 _ZERO = np.uint32(0)
 
 
-def packed_tiles(shape: tuple[int, int]) -> PackedWords:
+def packed_tiles(shape: tuple[int, int], apart: bool = True) -> PackedWords:
     """Room for a weight N x K: panels two registers wide, depths of whole registers."""
-    return PackedWords.empty(shape, BLOCK, SIDE)
+    return PackedWords.empty(shape, BLOCK, SIDE, apart)
 
 
 class TileProducts:
