@@ -288,7 +288,7 @@ def test_sharing_fits_where_slots_of_their_own_do_not(model: pathlib.Path, monke
     monkeypatch.setattr("looplm.generation.available_memory", lambda: free)
     assert report_of(*words("--cache", "shared-last", model=model))["tokens"] > 0
     assert "64 tokens in 4 loops" in looplm(*words(model=model), code=1, width=300)[1]
-    free = 20_000
+    free = 30_000
     error = looplm(*words("--cache", "first", model=model), code=1, width=300)[1].splitlines()[0]
     assert error.startswith("error: states, keys and values of 64 tokens in 1 loops take")
     error = looplm(*words("--cache", "first", "-n", 1, model=model), code=1, width=300)[1].splitlines()[0]
