@@ -99,6 +99,7 @@ CASES: dict[str, dict[str, list[Case]]] = {
         ],
         "--weights": WEIGHTS,
         "--kv-dtype": KV_DTYPE,
+        "--prompt-precision": [("--prompt-precision bfloat16", 2, "'bfloat16' is not known")],
         "--threads": THREADS,
         "--prompts": [("--prompts nowhere", 1, "cannot read nowhere"), ("--prompts latin.txt", 1, "is not UTF-8")],
         "--batch": [

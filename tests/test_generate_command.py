@@ -207,7 +207,6 @@ def test_an_interrupt_leaves_the_text_and_the_account(model: pathlib.Path, monke
         (["--max-deferred", "3"], 2, "--max-deferred 3: nothing waits under --cache last-exited"),
         (["--weights", "int3"], 2, "--weights 'int3' is not known"),
         (["--kv-dtype", "int8"], 2, "--kv-dtype 'int8' is not known"),
-        (["--prompt-precision", "bfloat16"], 2, "--prompt-precision 'bfloat16' is not known"),
         (["--threads", "0"], 2, "0 is not in the range"),
         (["--q", "1.5"], 2, "1.5 is not in the range"),
         (["--q", "nan"], 2, "nan is not a finite number"),
