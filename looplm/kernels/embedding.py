@@ -9,7 +9,8 @@ from .jit import njit
 @njit
 def gather_into(y, input_ids, weight):
     for row in range(input_ids.size):
-        y[row, :] = weight[input_ids[row], :]
+        for i in range(weight.shape[1]):  # a slice assigned would bring the words of a shape error along: 3 s to compile
+            y[row, i] = weight[input_ids[row], i]
 
 
 @njit
