@@ -9,7 +9,7 @@ from .jit import njit
 @njit
 def gather_into(y, input_ids, weight):
     for row in range(input_ids.size):
-        for i in range(weight.shape[1]):  # a slice assigned would bring the words of a shape error along: 3 s to compile
+        for i in range(weight.shape[1]):  # assigning a slice compiles the words of a shape error: 3 s
             y[row, i] = weight[input_ids[row], i]
 
 
