@@ -69,3 +69,22 @@ def test_the_page_draws_every_point_and_follows_mouse_and_keys(
     assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert complaints == []
     page.close()
+
+
+def test_intervals_stay_inside_the_plot(report: dict[str, Any], browser: Any, tmp_path: pathlib.Path) -> None:
+    """Clipped at its edges, and left out where they are taller than all of it."""
+    points = [point for entry in report["entries"] for point in entry["points"]]
+    losses = [point["loss"] for point in points]
+    height = max(losses) - min(losses)
+    for number, point in enumerate(points):
+        point["intervals"]["loss"] = (0.1, 9.0)[number % 2] * height
+    (tmp_path / "sweep.html").write_text(pages.build_sweep(report), encoding="utf-8")
+    page = browser.new_page(viewport={"width": 1100, "height": 900})
+    page.goto(f"file://{tmp_path}/sweep.html")
+    grid = page.locator("#plot line.grid").first
+    top, bottom = float(grid.get_attribute("y1")), float(grid.get_attribute("y2"))
+    bars = page.locator("#plot line.spread").all()
+    assert len(bars) == (len(points) + 1) // 2
+    for bar in bars:
+        assert top <= float(bar.get_attribute("y2")) < float(bar.get_attribute("y1")) <= bottom
+    page.close()

@@ -75,8 +75,10 @@ function curve(entry, e, x, y, cost, worth) {
   group.append(draw("polyline", { class: "curve", "stroke-dasharray": entry.dash, points: order.map((i) => place(i).join(",")).join(" ") }));
   for (const i of order) {
     const p = entry.points[i], [cx, cy] = place(i), half = p.intervals[worth];
-    if (half) {
-      group.append(draw("line", { class: "spread", x1: cx, x2: cx, y1: y.at(p[worth] - half), y2: y.at(p[worth] + half) }));
+    const bottom = y.at(p[worth] - half), top = y.at(p[worth] + half);
+    if (half && bottom - top < HEIGHT - BOTTOM - TOP) {
+      const ends = { y1: Math.min(bottom, HEIGHT - BOTTOM), y2: Math.max(top, TOP) };
+      group.append(draw("line", { class: "spread", x1: cx, x2: cx, ...ends }));
     }
     const best = cost === "mean_loops" ? p.best_by_loops : p.best_by_time;
     const label = `${entry.entry}, ${p.exit}: ${number(p.mean_loops, 2)} loops, loss ${number(p.loss, 4)}`;
@@ -182,7 +184,8 @@ byId("subtitle").textContent =
   `${report.model} · ${report.data} · ${report.tokens} positions in ${report.chunks} chunks · loss after all ${report.loops} loops ${number(report.full.loss, 4)}`;
 byId("notes").textContent =
   "Bold: no other point has as few loops and loses less. Loss, accuracy and agreement are those of undisturbed keys and values; " +
-  `times are medians over ${report.turns} turns of a real decode of the given text, bars 95 % intervals over chunks.`;
+  `times are medians over ${report.turns} turns of a real decode of the given text, bars 95 % intervals over chunks, ` +
+  "left out where they are taller than the plot.";
 for (const id of ["cost", "worth"]) byId(id).addEventListener("change", plot);
 plot();
 show(0, 0);
