@@ -103,6 +103,11 @@ def test_it_runs_and_says_what_it_could_not_measure(capsys: pytest.CaptureFixtur
     assert lines[2].startswith("speedup_exact, test in bfloat16, ")
 
 
+def test_sixteen_texts_of_a_published_size_must_be_asked_for() -> None:
+    assert "batch16_ratio" in exits.of_random_weights("small")
+    assert exits.of_random_weights("ouro-1.4b") == ["time_model_error", "speedup_last_exited", "speedup_exact"]
+
+
 def test_bad_input_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     for given in (["--rounds", "0"], ["--draft-tokens", "x"], ["--measure", "x"]):
         with pytest.raises(SystemExit):

@@ -93,11 +93,8 @@ def chat(
     )
     from looplm_cli.render import print_warning, say
 
-    policy, cache_dtype, precision = (
-        key_value_policy(cache),
-        key_value_type(kv_dtype),
-        prompt_products(prompt_precision),
-    )
+    policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
+    precision = prompt_products(prompt_precision)
     bound = deferred_bound(policy, max_deferred)
     manner = Manner(
         q=q,

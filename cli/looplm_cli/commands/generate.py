@@ -141,11 +141,8 @@ def generate(
     of_one |= {"--draft-loops": draft_loops, "--draft-tokens": draft_tokens}
     of_one |= {"--budget-loops-per-token": budget_loops_per_token, "--max-ms-per-token": max_ms_per_token}
     check_combination(prompts, {"--batch": batch, "--out": out, "--unordered": unordered or None}, of_one)
-    policy, cache_dtype, precision = (
-        key_value_policy(cache),
-        key_value_type(kv_dtype),
-        prompt_products(prompt_precision),
-    )
+    policy, cache_dtype = key_value_policy(cache), key_value_type(kv_dtype)
+    precision = prompt_products(prompt_precision)
     bound = deferred_bound(policy, max_deferred)
     wishes = Wishes(
         q=q,
