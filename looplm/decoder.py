@@ -150,7 +150,7 @@ class Decoder:
         self._shared = {
             "STATE": aligned_empty((rows, config.hidden_size)),
             "NORMED": aligned_empty((rows, config.hidden_size)),
-            "PREPARED": aligned_empty((len(multiply), prepared_size(longest))),
+            "PREPARED": aligned_empty((len(multiply), prepared_size(longest, FEW_ROWS))),
             "QKV": aligned_empty((rows, query + 2 * key_value)),
             "ATTENTION": aligned_empty((rows, query)),
             "BRANCH": aligned_empty((rows, config.hidden_size)),
@@ -168,7 +168,7 @@ class Decoder:
         scores = max(per_group * keys, forward_buffer_size(keys, channels) + 2 * keys * channels)
         sizes = {
             "SCRATCH": scratch_size(longest),
-            "QUERIES": per_group * (channels + 80),
+            "QUERIES": prepared_size(channels, per_group),
             "SCORES": scores,
             "LSE": rows * per_group,
         }

@@ -24,7 +24,6 @@ KEY, METHOD = "quantization_config", "looplm"  # in config.json
 HEAD = "lm_head.weight"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
-BLOCK = 64  # columns are padded to a multiple of it, so that a block of codes is half a cache line or a whole one
 CHUNK = 1 << 20  # weights widened to float32 at a time (4 MiB; what is made on the way takes as much a few times)
 ROWS_OF = 1 << 18  # weights rounded at a time: they stay in the cache, and so does what comes of them
 
@@ -35,6 +34,7 @@ class Format:
 
     name: str
     group: int  # columns that share a scale
+    block: int  # columns are padded to a multiple of it, so that a block of codes is a cache line
     low: int  # range of the integers
     high: int
     dtype: str  # of the codes, in safetensors' words
@@ -42,7 +42,7 @@ class Format:
     divisors: tuple[float, ...]
 
     def padded(self, columns: int) -> int:
-        return -(-columns // BLOCK) * BLOCK
+        return -(-columns // self.block) * self.block
 
     def codes_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
         return shape[0], self.padded(shape[1]) // self.per_byte
@@ -55,8 +55,8 @@ class Format:
 # weights: 0.097 with 7 alone, 0.090 with 7 and 8, 0.0863 with these, 0.0858 with steps of 1/32.
 _DIVISORS = tuple(6.5 + 0.25 * step for step in range(15))
 FORMATS = {
-    "int8": Format("int8", 64, -127, 127, "I8", 1, (127.0,)),
-    "int4": Format("int4", 32, -8, 7, "U8", 2, _DIVISORS),
+    "int8": Format("int8", 64, 64, -127, 127, "I8", 1, (127.0,)),
+    "int4": Format("int4", 32, 128, -8, 7, "U8", 2, _DIVISORS),
 }
 
 
@@ -140,20 +140,22 @@ def row_blocks(rows: slice, columns: int) -> Iterator[slice]:
 def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
     """int4: integers of -8..7, N x Kp -> bytes, N x Kp/2.
 
-    Each block of 64 columns is 16 words of 16 bits; bits 4i..4i+3 of word j hold column 16 i + j, plus 8.  So a vector
-    of words gives 16 neighbouring columns with one shift and one mask.
+    Each block of 128 columns is 64 bytes, four groups: byte 16 q + 4 g + i holds column 32 g + 4 q + i, plus 8, in its
+    lower half, and the one 16 further in its upper half.  A mask or a shift of a vector gives four columns a lane, as
+    processors add them, and every fourth lane has the same scale.
     """
-    planes = (codes + np.int8(8)).astype(np.uint16).reshape(len(codes), -1, 4, 16)
-    words = planes[:, :, 0] | planes[:, :, 1] << 4 | planes[:, :, 2] << 8 | planes[:, :, 3] << 12
-    return words.astype("<u2").view(np.uint8).reshape(len(codes), -1)
+    halves = (
+        (codes + np.int8(8)).view(np.uint8).reshape(len(codes), -1, 4, 2, 4, 4)
+    )  # block, group, half, place, column
+    both = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
+    return np.ascontiguousarray(both.swapaxes(2, 3)).reshape(len(codes), -1)
 
 
 def unpack(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
     """The way back from `pack`."""
-    words = np.ascontiguousarray(packed).view("<u2").reshape(len(packed), -1, 1, 16)
-    shifts = np.array([0, 4, 8, 12], np.uint16).reshape(4, 1)
-    planes = (words >> shifts & np.uint16(15)).astype(np.int8) - np.int8(8)
-    return planes.reshape(len(packed), -1)
+    both = packed.reshape(len(packed), -1, 4, 4, 4).swapaxes(2, 3)
+    halves = np.stack([both & np.uint8(15), both >> 4], axis=3).view(np.int8) - np.int8(8)
+    return halves.reshape(len(packed), -1)
 
 
 # ---- a model's part
@@ -177,6 +179,7 @@ class Quantization:
             "quant_method": METHOD,
             "format": self.format,
             "group_size": FORMATS[self.format].group,
+            "block_size": FORMATS[self.format].block,
             "head_format": "bfloat16" if config.tie_word_embeddings else "int8",
         }
 

@@ -81,7 +81,10 @@ class StoredMatrix:
         y = np.empty((rows, self.shape[0]), np.float32)
 
         def work(share: slice) -> None:
-            prepared, scratch = (aligned_empty((size(columns),)) for size in (prepared_size, scratch_size))
+            prepared, scratch = (
+                aligned_empty((prepared_size(columns, min(rows, FEW_ROWS)),)),
+                aligned_empty((scratch_size(columns),)),
+            )
             out, ready, own = y.ctypes.data + 4 * share.start, prepared.ctypes.data, scratch.ctypes.data
             numbers = (*at, columns, share.start, share.stop, x.ctypes.data, columns, rows, out, self.shape[0])
             if rows > FEW_ROWS:

@@ -72,7 +72,7 @@ def unrounded_scale(weight: np.ndarray, fmt: str) -> Stored:
     right = reference.quantize(weight, fmt)
     layout = reference.FORMATS[fmt]
     exact = right.scales * 1.002
-    padded = np.zeros((len(weight), -(-weight.shape[1] // 64) * 64))
+    padded = np.zeros((len(weight), -(-weight.shape[1] // layout.block) * layout.block))
     padded[:, : weight.shape[1]] = weight
     codes = reference.integers(padded.reshape(*exact.shape, layout.group), exact, layout).reshape(padded.shape)
     return dataclasses.replace(right, codes=codes.astype(np.int8) if fmt == "int8" else reference.pack(codes))
@@ -95,14 +95,15 @@ def test_wrong_rounding_is_caught(fmt: str, wrong: Callable[[np.ndarray, str], S
 # ---- the layout, by hand
 
 
-def test_int4_packs_column_16_i_plus_j_into_bits_4_i_of_word_j() -> None:
-    codes = np.random.default_rng(0).integers(-8, 8, (3, 128)).astype(np.int8)
-    words = pack(codes).view("<u2")
-    assert words.shape == (3, 32)
-    for column in range(128):
-        block, i, j = column // 64, column % 64 // 16, column % 16
-        np.testing.assert_array_equal((words[:, 16 * block + j] >> 4 * i) & 15, codes[:, column] + 8)
-    np.testing.assert_array_equal(unpack(pack(codes)), codes)
+def test_int4_packs_two_columns_of_a_group_into_a_byte() -> None:
+    codes = np.random.default_rng(0).integers(-8, 8, (3, 256)).astype(np.int8)
+    packed = pack(codes)
+    assert packed.shape == (3, 128)
+    for column in range(256):
+        block, group, upper, place = column // 128, column % 128 // 32, column % 32 // 16, column % 16
+        both = packed[:, 64 * block + 16 * (place // 4) + 4 * group + place % 4]
+        np.testing.assert_array_equal(both >> 4 * upper & 15, codes[:, column] + 8)
+    np.testing.assert_array_equal(unpack(packed), codes)
 
 
 def test_sizes_and_padding_are_as_documented() -> None:

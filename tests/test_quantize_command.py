@@ -124,7 +124,7 @@ def test_texts_and_unknown_settings_are_taken_over_and_the_origin_is_told(tmp_pa
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (small / name).read_bytes() == (source / name).read_bytes()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, small))
-    expected = {"quant_method": "looplm", "format": "int4", "group_size": 32, "head_format": "int8"}
+    expected = {"quant_method": "looplm", "format": "int4", "group_size": 32, "block_size": 128, "head_format": "int8"}
     assert after == before | {"quantization_config": expected}
     provenance = json.loads((small / "looplm.json").read_text())
     assert provenance["steps"] == 7
@@ -279,6 +279,11 @@ DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
         ConfigError,
         "group_size=128, but int4 is stored",
     ),
+    "another order of columns": (
+        lambda f: config_of(f, block_size=64),
+        ConfigError,
+        "block_size=64, but int4 is stored",
+    ),
     "unknown format": (lambda f: config_of(f, format="int3"), ConfigError, "format='int3' is not known"),
     "format that is no name": (lambda f: config_of(f, format=[4]), ConfigError, r"format=\[4\] is not known"),
     "no format": (lambda f: config_of(f, format=None), ConfigError, "format=None is not known"),
@@ -295,7 +300,7 @@ DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
         "tensors that the model does not",
     ),
     "other format than the files": (
-        lambda f: config_of(f, format="int8", group_size=64),
+        lambda f: config_of(f, format="int8", group_size=64, block_size=64),
         CheckpointError,
         "is stored as U8|has shape",
     ),

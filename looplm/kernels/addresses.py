@@ -63,7 +63,8 @@ def _rows_at(typing_context, address, rows, columns, step):
 floats_at, doubles_at = _array_at(types.float32, np.float32), _array_at(types.float64, np.float64)
 words_at, shorts_at = _array_at(types.uint16, np.uint16), _array_at(types.int16, np.int16)  # words: bfloat16 bits
 pairs_at: Any = _array_at(types.uint32, np.uint32)  # words of two bfloat16 numbers
-signed_bytes_at, longs_at = _array_at(types.int8, np.int8), _array_at(types.int64, np.int64)
+bytes_at, signed_bytes_at = _array_at(types.uint8, np.uint8), _array_at(types.int8, np.int8)
+ints_at, longs_at = _array_at(types.int32, np.int32), _array_at(types.int64, np.int64)
 
 
 def _call(typing_context, address, arguments):

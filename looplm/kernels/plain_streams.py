@@ -22,21 +22,25 @@ def _dot_bfloat16(w, x, scales, columns):
     return weight @ sorted_x.transpose(0, 2, 1).reshape(-1)[:columns]
 
 
-def _scales(x, scales, columns, group):
-    count = columns // group
-    return floats_at(x + 2 * columns, count) * _widened(scales, count)
+def _scales(at, scales, count):
+    return floats_at(at, count) * _widened(scales, count)
 
 
 def _dot_int8(w, x, scales, columns):
     products = signed_bytes_at(w, columns).astype(np.int32) * shorts_at(x, columns)
-    return products.reshape(-1, 64).sum(axis=1).astype(np.float32) @ _scales(x, scales, columns, 64)
+    sums = products.reshape(-1, 64).sum(axis=1).astype(np.float32)
+    return sums @ _scales(x + 2 * columns, scales, columns // 64)
 
 
 def _dot_int4(w, x, scales, columns):
-    words = words_at(w, columns // 4).reshape(-1, 1, 16)
-    codes = ((words >> np.arange(0, 16, 4, dtype=np.uint16)[:, None]) & np.uint16(15)).astype(np.int32) - 8
-    sums = (codes.reshape(-1) * shorts_at(x, columns)).reshape(-1, 32).sum(axis=1)
-    return sums.astype(np.float32) @ _scales(x, scales, columns, 32)
+    blocks = columns // 128
+    stored = signed_bytes_at(w, 64 * blocks).view(np.uint8).reshape(blocks, 1, 4, 4, 4)
+    codes = np.concatenate([stored & 15, stored >> 4], axis=1).astype(np.int32)  # block, half, place, group, column
+    parts = signed_bytes_at(x, 320 * blocks).reshape(blocks, 5, 64).astype(np.int32)
+    numbers = (256 * parts[:, :2] + parts[:, 2:4]).reshape(codes.shape)
+    starts = signed_bytes_at(x, 320 * blocks).reshape(blocks, 320)[:, 256:].copy().view(np.int32)
+    sums = (codes * numbers).sum(axis=(1, 2, 4)) + starts.reshape(blocks, 4, 4).sum(axis=1)
+    return sums.reshape(-1).astype(np.float32) @ _scales(x + 320 * blocks, scales, 4 * blocks)
 
 
 FLOATS = (floats_at, _widened)

@@ -7,7 +7,8 @@ in the same order whatever block a row is in, so that a result never depends on 
 float32   x as it is
 bfloat16  a word holds two columns: x lies in runs of WIDTH even columns, then WIDTH odd ones
 int8      codes times x rounded to 16-bit integers, 64 columns at a time; exact sums, scaled as floats
-int4      the same, 32 columns at a time; a code is 8 above its value
+int4      the same, 32 columns at a time, the upper and the lower byte of x apart: codes are bytes without sign, 8 above
+          their values, and processors multiply such bytes with signed ones, four to a lane
 
 Memory is given by address, in bytes; nothing is checked.  Uncompiled (NUMBA_DISABLE_JIT), NumPy twins take the place
 of everything here.
@@ -23,7 +24,7 @@ from numba.extending import intrinsic
 from .addresses import floats_at
 from .jit import JIT_DISABLED, features
 from .plain_streams import DOTS, FLOATS
-from .vectors import WIDTH, _spread
+from .vectors import LANES, WHOLE_LINES, WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 BLOCK = 4  # weight rows that are read side by side, whose lanes are summed together
@@ -33,15 +34,13 @@ CHANNEL_BLOCK = 32  # channels of values that are summed at once
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 # A block of columns: how many, bytes of a weight row, bytes of a row of x.
-_COLUMNS = {FLOAT32: WIDTH, BFLOAT16: 2 * WIDTH, INT8: 64, INT4: 64}
-_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 4 * WIDTH, INT8: 64, INT4: 32}
-_X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: 128}
-_GROUPS = {INT8: 1, INT4: 2}  # scales of a block of columns
-_WHOLE_LINES = "avx512vnni" in features()  # 16-bit integers are multiplied 32 at a time, else 16
-_LANES = 16 if _WHOLE_LINES else 8  # sums of codes at once
-_CODES = 2 * _LANES
+_COLUMNS = {FLOAT32: WIDTH, BFLOAT16: 2 * WIDTH, INT8: 64, INT4: 128}
+_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 4 * WIDTH, INT8: 64, INT4: 64}
+INT4_BLOCK = 320  # bytes of x for 128 columns: upper bytes, lower bytes, what the sums begin with
+_X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: INT4_BLOCK}
+_GROUPS = {INT8: 1, INT4: 4}  # scales of a block of columns
+_CODES = 2 * LANES
 RUN = 32  # blocks of columns whose scales are multiplied ahead
-_STEPPED = 16.0  # int4, whole lines: codes of the upper lanes stay four bits up, worth so much more
 
 
 def _vector(kind, count):
@@ -69,16 +68,15 @@ def _function(builder, name, result, arguments):
 
 
 def _multiply_add(builder, left, right, total):
-    """One rounding where the processor has it, two where not: never the compiler's choice."""
-    if "fma" not in features() and "neon" not in features():
-        return builder.fadd(builder.fmul(left, right), total)
-    kind = total.type
-    return builder.call(_function(builder, f"llvm.fma.v{kind.count}f32", kind, [kind] * 3), [left, right, total])
+    """One rounding where the processor has it, two where not: never the compiler's choice, nor is the order of sums."""
+    kind, fused = total.type, features() & {"fma", "neon"}
+    name = f"llvm.{'fma' if fused else 'fmuladd'}.v{kind.count}f32"  # an addition would be in its hands
+    return builder.call(_function(builder, name, kind, [kind] * 3), [left, right, total])
 
 
 def _pair_sums(builder, left, right, total):
-    """total (_LANES x i32) += products of 16-bit integers (_CODES of them), neighbours added."""
-    if _WHOLE_LINES:
+    """total (LANES x i32) += products of 16-bit integers (_CODES of them), neighbours added."""
+    if WHOLE_LINES:
         operands = [total, *(builder.bitcast(side, total.type) for side in (left, right))]
         function = _function(builder, "llvm.x86.avx512.vpdpwssd.512", total.type, [total.type] * 3)
         return builder.call(function, operands)
@@ -89,7 +87,7 @@ def _pair_sums(builder, left, right, total):
     wide = _vector(_I32, _CODES)
     product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
     for odd in (0, 1):
-        mask = ir.Constant(total.type, [2 * i + odd for i in range(_LANES)])
+        mask = ir.Constant(total.type, [2 * i + odd for i in range(LANES)])
         total = builder.add(total, builder.shuffle_vector(product, product, mask))
     return total
 
@@ -124,12 +122,9 @@ class _Sums:
         place = self.places[pair]
         self.builder.store(_multiply_add(self.builder, left, right, self.builder.load(place)), place)
 
-    def totals(self, i, lanes=None):
-        """The sums of row i of x with the BLOCK weight rows; of each lane times a number of its own."""
-        lines = [self.builder.load(self.places[i, j]) for j in range(BLOCK)]
-        return _sums_of_four(
-            self.builder, lines if lanes is None else [self.builder.fmul(line, lanes) for line in lines]
-        )
+    def totals(self, i):
+        """The sums of row i of x with the BLOCK weight rows."""
+        return _sums_of_four(self.builder, [self.builder.load(self.places[i, j]) for j in range(BLOCK)])
 
 
 def _float_columns(builder, sums, weights, lines, scales):
@@ -155,43 +150,58 @@ def _bfloat_columns(builder, sums, weights, lines, scales):
                 sums.multiply_add((i, j), both[which], x)
 
 
-def _integer_group(builder, sums, parts, lines, scales, at):
-    """A group of columns.  parts: for each _CODES columns a vector of every weight row; `at`: bytes to x's columns."""
-    totals = {pair: ir.Constant(_vector(_I32, _LANES), None) for pair in scales}
-    for part, codes in enumerate(parts):
+def _int8_columns(builder, sums, weights, lines, scales):
+    totals = {pair: ir.Constant(_vector(_I32, LANES), None) for pair in scales}
+    for at in range(0, 64, _CODES):
+        codes = [_at(builder, _plus(builder, weight, at), _vector(_I8, _CODES)) for weight in weights]
+        codes = [builder.sext(code, _vector(_I16, _CODES)) for code in codes]
         for i, x in enumerate(lines):
-            x = _at(builder, _plus(builder, x, at + 2 * _CODES * part), _vector(_I16, _CODES))
+            x = _at(builder, _plus(builder, x, 2 * at), _vector(_I16, _CODES))
             for j, code in enumerate(codes):
                 totals[i, j] = _pair_sums(builder, code, x, totals[i, j])
     for pair, total in totals.items():
-        scale = _spread(builder, _at(builder, scales[pair], _F32), _LANES)
+        scale = _spread(builder, _at(builder, scales[pair], _F32), LANES)
         sums.multiply_add(pair, builder.sitofp(total, scale.type), scale)
 
 
-def _int8_columns(builder, sums, weights, lines, scales):
-    parts = []
-    for at in range(0, 64, _CODES):
-        codes = [_at(builder, _plus(builder, weight, at), _vector(_I8, _CODES)) for weight in weights]
-        parts.append([builder.sext(code, _vector(_I16, _CODES)) for code in codes])
-    _integer_group(builder, sums, parts, lines, scales, 0)
+def _sums_of_bytes(builder, codes, x, total):
+    """total (LANES x i32) += codes (bytes without sign, up to 15) times x (signed ones), four neighbours added."""
+    if WHOLE_LINES:
+        function = _function(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total.type] * 3)
+        for pair in zip(codes, x, strict=True):
+            total = builder.call(function, [total, *(builder.bitcast(side, total.type) for side in pair)])
+        return total
+    wide, kind = _vector(_I16, 32), _vector(_I16, 16)
+    sums = ir.Constant(kind, None)  # of two neighbours in each of four vectors: at most 8 * 15 * 128
+    for left, right in zip(codes, x, strict=True):
+        if "avx2" in features():
+            function = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", kind, [left.type, right.type])
+            sums = builder.add(sums, builder.call(function, [left, right]))
+        else:
+            products = builder.mul(builder.zext(left, wide), builder.sext(right, wide))
+            for odd in (0, 1):
+                mask = ir.Constant(_vector(_I32, 16), [2 * i + odd for i in range(16)])
+                sums = builder.add(sums, builder.shuffle_vector(products, products, mask))
+    return _pair_sums(builder, sums, _constant(kind, 1), total)
 
 
 def _int4_columns(builder, sums, weights, lines, scales):
-    words = [_at(builder, weight, _vector(_I16, 16)) for weight in weights]
-    parts = [(4 * part, [15] * 16) for part in range(4)]  # a shift, and what it leaves of every word
-    if _WHOLE_LINES:  # both parts of a group side by side, the second where it lies: four bits up
-        twice = ir.Constant(_vector(_I32, _CODES), [i % 16 for i in range(_CODES)])
-        words = [builder.shuffle_vector(word, word, twice) for word in words]
-        parts = [(8 * group, [15] * 16 + [240] * 16) for group in (0, 1)]
-    kind, codes = _vector(_I16, _CODES), []
-    for shift, masks in parts:
-        shifted = [builder.lshr(word, _constant(kind, shift)) if shift else word for word in words]
-        mask, zero = ir.Constant(kind, masks), ir.Constant(kind, [8 * (value // 15) for value in masks])
-        codes.append([builder.sub(builder.and_(word, mask), zero) for word in shifted])
-    for group in (0, 1):
-        here = {pair: _plus(builder, scale, 4 * group) for pair, scale in scales.items()}
-        some = codes[group * len(codes) // 2 : (group + 1) * len(codes) // 2]
-        _integer_group(builder, sums, some, lines, here, 64 * group)
+    lanes, bytes_ = _vector(_I32, LANES), _vector(_I8, 4 * LANES)
+    codes = []
+    for weight in weights:
+        stored = [_at(builder, _plus(builder, weight, at), bytes_) for at in range(0, 64, bytes_.count)]
+        lower = [builder.and_(both, _constant(bytes_, 15)) for both in stored]
+        codes.append(lower + [builder.lshr(both, _constant(bytes_, 4)) for both in stored])
+    for i, x in enumerate(lines):
+        parts = [_at(builder, _plus(builder, x, at), bytes_) for at in range(0, 256, bytes_.count)]
+        high, low = parts[: len(parts) // 2], parts[len(parts) // 2 :]
+        start, zero = _at(builder, _plus(builder, x, 256), lanes), ir.Constant(lanes, None)
+        for j, code in enumerate(codes):
+            upper = builder.shl(_sums_of_bytes(builder, code, high, zero), _constant(lanes, 8))
+            total = builder.add(_sums_of_bytes(builder, code, low, start), upper)
+            four = _at(builder, scales[i, j], _vector(_F32, 4))
+            scale = builder.shuffle_vector(four, four, ir.Constant(lanes, [0, 1, 2, 3] * (LANES // 4)))
+            sums.multiply_add((i, j), builder.sitofp(total, scale.type), scale)
 
 
 _STEPS = {FLOAT32: _float_columns, BFLOAT16: _bfloat_columns, INT8: _int8_columns, INT4: _int4_columns}
@@ -235,7 +245,7 @@ def _emit_stream(kind, together, context, builder, values):
     w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns = values
     pairs = [(i, j) for i in range(together) for j in range(BLOCK)]
     integers = kind in _GROUPS
-    sums = _Sums(builder, pairs, _LANES if integers else WIDTH)
+    sums = _Sums(builder, pairs, LANES if integers else WIDTH)
 
     def rows(start, step, count, number):
         """Addresses of rows; those beyond the last are the last."""
@@ -255,10 +265,8 @@ def _emit_stream(kind, together, context, builder, values):
 
     if integers:
         size = _GROUPS[kind]
-        own, theirs = (
-            [builder.add(line, builder.mul(columns, _I64(2))) for line in lines],
-            rows(s, s_step, w_count, BLOCK),
-        )
+        own = [builder.add(line, builder.mul(whole, _I64(_X_BYTES[kind]))) for line in lines]
+        theirs = rows(s, s_step, w_count, BLOCK)
         places = {(i, j): _plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
         runs = builder.udiv(builder.add(whole, _I64(RUN - 1)), _I64(RUN))
         with cgutils.for_range(builder, runs, intp=_I64) as run:
@@ -276,10 +284,8 @@ def _emit_stream(kind, together, context, builder, values):
         with cgutils.for_range(builder, whole, intp=_I64) as loop:
             multiply(loop.index, {})
         _emit_rest(kind, builder, sums, weights, lines, whole, columns)
-    stepped = kind == INT4 and _WHOLE_LINES
-    worth = ir.Constant(_vector(_F32, 16), [1.0] * 8 + [1 / _STEPPED] * 8) if stepped else None
     for i in range(together):
-        totals = sums.totals(i, worth)
+        totals = sums.totals(i)
         with builder.if_then(builder.icmp_signed("<", _I64(i), x_count)):
             for j in range(BLOCK):
                 with builder.if_then(builder.icmp_signed("<", _I64(j), w_count)):
@@ -389,6 +395,6 @@ def _weighted_plain(kind, v, v_step, weight, keys, out):
         total += factor * FLOATS[kind](v + j * v_step, CHANNEL_BLOCK)
 
 
-PRODUCTS = 2 * RUN * max(TOGETHER) * BLOCK  # scales that are multiplied ahead, at most
+PRODUCTS = max(_GROUPS.values()) * RUN * max(TOGETHER) * BLOCK  # scales that are multiplied ahead, at most
 stream: Any = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
 weighted: Any = _weighted_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_weighted)

@@ -36,6 +36,8 @@ def _registers() -> tuple[int, int]:
 
 WIDTH, TILE_ROWS = _registers()
 TILE_COLUMNS = WIDTH * _VECTORS
+WHOLE_LINES = "avx512vnni" in features()  # integers are multiplied 64 bytes at a time, else 32
+LANES = 16 if WHOLE_LINES else 8  # sums of integers at once
 
 
 class _Bfloat(ir.Type):

@@ -1,10 +1,10 @@
 """Int8 and int4 weights: their definition in plain NumPy, as stored in a file, and wrong versions of reading them.
 
-A row of a matrix is cut into groups of neighbouring columns, padded with zeros to a multiple of 64.  Every weight of a
-group becomes an integer times the group's scale, which is a bfloat16 number and never negative:
+A row of a matrix is cut into groups of neighbouring columns, padded with zeros to whole blocks.  A weight becomes an
+integer times its group's scale, which is a bfloat16 number and never negative:
 
-    int8    groups of 64    integers -127..127    stored as themselves
-    int4    groups of 32    integers -8..7        stored with 8 added, four to a 16-bit word
+    int8    groups of 64    blocks of 64     integers -127..127    stored as themselves
+    int4    groups of 32    blocks of 128    integers -8..7        stored with 8 added, two to a byte
 
 The scale is max|w| / d, of several d the one that loses least; integers are computed with the scale as stored.
 """
@@ -18,7 +18,6 @@ import numpy as np
 from .bfloat16 import rounded
 from .ops import Array
 
-BLOCK = 64
 HEAD = "lm_head.weight"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LEAST_SCALE = 2.0**-126  # anything smaller becomes 0
@@ -26,17 +25,18 @@ LEAST_SCALE = 2.0**-126  # anything smaller becomes 0
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Columns that share a scale, the range of the integers, and the divisors to try."""
+    """Columns that share a scale and that are stored together, the range of the integers, and the divisors to try."""
 
     group: int
+    block: int
     low: int
     high: int
     divisors: tuple[float, ...]
 
 
 FORMATS = {
-    "int8": Format(64, -127, 127, (127.0,)),
-    "int4": Format(32, -8, 7, tuple(np.arange(6.5, 10.25, 0.25))),
+    "int8": Format(64, 64, -127, 127, (127.0,)),
+    "int4": Format(32, 128, -8, 7, tuple(np.arange(6.5, 10.25, 0.25))),
 }
 
 
@@ -53,7 +53,7 @@ class Stored:
 def quantize(weight: Array, fmt: str) -> Stored:
     """weight: NK, finite."""
     layout, (rows, columns) = FORMATS[fmt], weight.shape
-    padded = np.zeros((rows, -(-columns // BLOCK) * BLOCK))
+    padded = np.zeros((rows, -(-columns // layout.block) * layout.block))
     padded[:, :columns] = weight
     groups = padded.reshape(rows, -1, layout.group)
     largest = np.abs(groups).max(axis=2)
@@ -76,12 +76,13 @@ def integers(groups: Array, scale: Array, layout: Format) -> Array:
 
 
 def pack(codes: Array) -> Array:
-    """Integers N Kp -> bytes N Kp/2: bits 4i..4i+3 of word j of a block hold its column 16 i + j."""
-    rows = len(codes)
-    block = (codes + 8).astype(np.int64).reshape(rows, -1, 4, 16)
-    words = sum(block[:, :, i] << (4 * i) for i in range(4))
-    low, high = words & 255, words >> 8  # little-endian
-    return np.stack([low, high], axis=-1).astype(np.uint8).reshape(rows, -1)
+    """Integers N Kp -> bytes N Kp/2.
+
+    Byte 16 q + 4 g + i of a block holds its column 32 g + 4 q + i in the lower half, the one 16 further in the upper.
+    """
+    block = (codes + 8).astype(np.int64).reshape(len(codes), -1, 4, 2, 4, 4)  # N, block, g, half, q, i
+    both = block[:, :, :, 0] + 16 * block[:, :, :, 1]
+    return both.swapaxes(2, 3).astype(np.uint8).reshape(len(codes), -1)
 
 
 class Reader:
@@ -102,18 +103,21 @@ class Reader:
 
     def int4(self, codes: Array) -> Array:
         """Bytes N Kp/2 -> integers N Kp."""
-        words = self.words(codes.astype(np.int64).reshape(len(codes), -1, 16, 2))
-        block = np.stack([self.signed(words >> (4 * i) & 15) for i in range(4)], axis=2)  # N, block, i, j
-        return self.columns(block).astype(np.float64)
+        both = self.groups(codes.astype(np.int64).reshape(len(codes), -1, 4, 4, 4))  # N, block, g, q, i
+        halves = np.stack(self.halves(both), axis=3)
+        return self.signed(self.columns(halves)).astype(np.float64).reshape(len(codes), -1)
 
-    def words(self, pairs: Array) -> Array:
-        return pairs[..., 0] + 256 * pairs[..., 1]
+    def groups(self, both: Array) -> Array:
+        return both.swapaxes(2, 3)
+
+    def halves(self, both: Array) -> tuple[Array, Array]:
+        return both & 15, both >> 4
+
+    def columns(self, halves: Array) -> Array:
+        return halves
 
     def signed(self, code: Array) -> Array:
         return code - 8
-
-    def columns(self, block: Array) -> Array:
-        return block.reshape(len(block), -1)
 
 
 def dequantize(stored: Stored) -> Array:
@@ -130,8 +134,9 @@ class _NeighbouringScale(Reader):
 
 
 class _SwappedNibbles(Reader):
-    def words(self, pairs: Array) -> Array:
-        return super().words(pairs >> 4 | (pairs & 15) << 4)
+    def halves(self, both: Array) -> tuple[Array, Array]:
+        low, high = super().halves(both)
+        return high, low
 
 
 class _UnsignedAsSigned(Reader):
@@ -146,16 +151,18 @@ class _SignedAsUnsigned(Reader):
         return super().int8(codes.view(np.uint8))
 
 
-class _ColumnsAsBytesCome(Reader):
-    """Word after word, as if four neighbouring columns shared one."""
+class _NeighboursInAByte(Reader):
+    """As if the halves of a byte were columns side by side, as in most other formats."""
 
-    def columns(self, block: Array) -> Array:
-        return super().columns(block.swapaxes(2, 3))
+    def columns(self, halves: Array) -> Array:
+        return np.moveaxis(halves, 3, 5)
 
 
-class _BigEndian(Reader):
-    def words(self, pairs: Array) -> Array:
-        return super().words(pairs[..., ::-1])
+class _GroupsApart(Reader):
+    """As if each group were 16 bytes in a row, not four in every 16."""
+
+    def groups(self, both: Array) -> Array:
+        return both
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,8 +180,8 @@ MUTANTS = (
     ReadingMutant("scale of the neighbouring group", "int4", _NeighbouringScale),
     ReadingMutant("swapped nibbles", "int4", _SwappedNibbles),
     ReadingMutant("unsigned read as signed", "int4", _UnsignedAsSigned),
-    ReadingMutant("columns in the order of the words", "int4", _ColumnsAsBytesCome),
-    ReadingMutant("words read big-endian", "int4", _BigEndian),
+    ReadingMutant("halves of a byte side by side", "int4", _NeighboursInAByte),
+    ReadingMutant("groups one after the other", "int4", _GroupsApart),
 )
 
 

@@ -6,16 +6,17 @@ on the other rows, nor on which rows of the weight are asked for together.
 
 import numpy as np
 
-from ..addresses import floats_at, shorts_at
+from ..addresses import floats_at, ints_at, shorts_at, signed_bytes_at
 from ..intrinsics import round32
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, INT4, INT8, PRODUCTS, TOGETHER, stream
-from ..vectors import WIDTH
-from .widened import padded, wide_scratch_size
+from ..streams import BFLOAT16, BLOCK, INT4, INT4_BLOCK, INT8, PRODUCTS, TOGETHER, stream
+from ..vectors import LANES, WIDTH
+from .widened import group_size, padded, row_bytes, wide_scratch_size
 
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
 
-_ZERO, _MOST = np.float32(0.0), np.float32(32767.0)
+_ZERO, _MOST = np.float32(0.0), np.float32(127 * 256 + 127)  # whose high byte is one, too
+_ZERO_POINT = np.int32(8)
 
 
 # ---- preparing x
@@ -47,24 +48,55 @@ def _sort_columns(at, line, columns):
 
 
 @njit
-def _round_columns(group, at, line, columns):
-    """Integers of 16 bits, and the scale of each group."""
-    stored = padded(columns)
-    groups = stored // group
-    codes, scales = shorts_at(at, stored), floats_at(at + 2 * stored, groups)
-    for g in range(groups):
-        first = g * group
-        count = max(0, min(group, columns - first))
-        highest, poison = _ZERO, _ZERO
-        for i in range(first, first + count):
-            highest = max(highest, abs(line[i]))
-            poison += line[i] * _ZERO  # integers have no NaN: the scale carries it on
-        inverse = _MOST / highest if highest > _ZERO else _ZERO
-        scales[g] = highest / _MOST + poison
-        for i in range(first, first + count):
-            codes[i] = np.int16(round32(line[i] * inverse))
-        for i in range(first + count, first + group):
-            codes[i] = 0
+def _round_group(codes, line):
+    """codes: 16-bit integers, zeros after the line's end -> what one of them is worth."""
+    highest, poison = _ZERO, _ZERO
+    for i in range(line.size):
+        highest = max(highest, abs(line[i]))
+        poison += line[i] * _ZERO  # integers have no NaN: the scale carries it on
+    inverse = _MOST / highest if highest > _ZERO else _ZERO
+    for i in range(line.size):
+        codes[i] = np.int16(round32(line[i] * inverse))
+    for i in range(line.size, codes.size):
+        codes[i] = 0
+    return highest / _MOST + poison
+
+
+@njit
+def _round_columns(at, line, columns):
+    """For int8: the integers, then the scale of each group."""
+    stored = padded(INT8, columns)
+    codes, scales = shorts_at(at, stored), floats_at(at + 2 * stored, stored // 64)
+    for g in range(scales.size):
+        scales[g] = _round_group(codes[64 * g : 64 * (g + 1)], line[64 * g : min(columns, 64 * (g + 1))])
+
+
+@njit
+def _split_columns(at, line, columns):
+    """For int4: each integer in two bytes, 256 high + low, in the order of the codes they are multiplied with.
+
+    A block of 128 columns is the high bytes, the low ones, and what the sum of each lane begins with: codes are 8 above
+    their values.
+    """
+    blocks = padded(INT4, columns) // 128
+    scales = floats_at(at + INT4_BLOCK * blocks, 4 * blocks)
+    codes = shorts_at(at + (INT4_BLOCK + 16) * blocks, 128)
+    for b in range(blocks):
+        place = at + INT4_BLOCK * b
+        high, low, starts = signed_bytes_at(place, 128), signed_bytes_at(place + 128, 128), ints_at(place + 256, 16)
+        for g in range(4):
+            first = min(columns, 128 * b + 32 * g)
+            scales[4 * b + g] = _round_group(codes[32 * g : 32 * (g + 1)], line[first : min(columns, first + 32)])
+        for i in range(16):
+            starts[i] = 0
+        for i in range(32):  # four columns of a group: first halves of the groups, by turns, then second halves
+            source, total = i % 4 * 32 + i // 4 * 4, np.int32(0)
+            for j in range(4):
+                code = np.int32(codes[source + j])
+                upper = (code + np.int32(128)) >> np.int32(8)
+                high[4 * i + j], low[4 * i + j] = upper, code - (upper << np.int32(8))
+                total += code
+            starts[i % LANES] -= total * _ZERO_POINT
 
 
 # ---- products
@@ -72,8 +104,7 @@ def _round_columns(group, at, line, columns):
 
 def _multiply(kind: int) -> Routine:
     """The routine of a format: numbers in its closure, so that what the other formats need is not compiled."""
-    bits, integers, group = (32, 16, 8, 4)[kind], kind in (INT8, INT4), 64 if kind == INT8 else 32
-    together = TOGETHER[kind]
+    integers, together = kind in (INT8, INT4), TOGETHER[kind]
 
     def multiply(codes, scales, columns, first, last, x, x_row, rows, y, y_row, prepared, scratch):
         """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats.
@@ -84,13 +115,16 @@ def _multiply(kind: int) -> Routine:
         """
         stored, s_step = columns, 0
         if integers:
-            stored = padded(columns)
-            s_step = 2 * (stored // group)
-        row, step, apart = (stored * bits) // 8, 4 * (padded(columns) + 16), (last - first + BLOCK - 1) // BLOCK
+            stored = padded(kind, columns)
+            s_step = 2 * (stored // group_size(kind))
+        row, step = row_bytes(kind, columns), 4 * (padded(INT4, columns) + 64)
+        apart = (last - first + BLOCK - 1) // BLOCK
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
-            if integers:
-                _round_columns(group, at, line, columns)
+            if kind == INT8:
+                _round_columns(at, line, columns)
+            elif kind == INT4:
+                _split_columns(at, line, columns)
             elif kind == BFLOAT16:
                 _sort_columns(at, line, columns)
             else:
@@ -134,6 +168,6 @@ def scratch_size(columns: int) -> int:
     return max(PRODUCTS, wide_scratch_size(columns))
 
 
-def prepared_size(columns: int) -> int:
-    """Floats that FEW_ROWS prepared rows take, in any format, of up to so many columns."""
-    return FEW_ROWS * (columns + 80)
+def prepared_size(columns: int, rows: int) -> int:
+    """Floats that prepared rows take, in any format, of up to so many columns."""
+    return rows * (columns + 192)

@@ -7,10 +7,10 @@ gets does not depend on the other rows, nor on which rows of the weight are aske
 
 import numpy as np
 
-from ..addresses import floats_at, pairs_at, signed_bytes_at, words_at
+from ..addresses import bytes_at, floats_at, pairs_at, signed_bytes_at, words_at
 from ..intrinsics import widen16
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, FLOAT32, INT8
+from ..streams import BFLOAT16, FLOAT32, INT4, INT8
 from ..vectors import TILE_COLUMNS, transpose_eight
 from .packing import pair_rows
 from .panels import DEPTH, rows_times_panel
@@ -22,8 +22,10 @@ _ZERO = np.float32(0.0)
 
 
 @njit
-def padded(columns):
-    return (columns + 63) // 64 * 64
+def padded(kind, columns):
+    """Columns that a row of integers has in memory: whole blocks."""
+    block = 128 if kind == INT4 else 64
+    return (columns + block - 1) // block * block
 
 
 @njit
@@ -33,7 +35,7 @@ def row_bytes(kind, columns):
         return 4 * columns
     if kind == BFLOAT16:
         return 2 * columns
-    return padded(columns) if kind == INT8 else padded(columns) // 2
+    return padded(kind, columns) if kind == INT8 else padded(kind, columns) // 2
 
 
 @njit
@@ -56,7 +58,7 @@ def widen_row(kind, codes, scales, columns, n, out):
             out[i] = widen16(words[i])
         return
     group = group_size(kind)
-    groups = padded(columns) // group
+    groups = padded(kind, columns) // group
     row_scales = words_at(scales + 2 * groups * n, groups)
     for g in range(groups):
         scale = widen16(row_scales[g])
@@ -66,12 +68,10 @@ def widen_row(kind, codes, scales, columns, n, out):
             for i in range(line.size):
                 line[i] = scale * np.float32(source[i])
         else:
-            words = words_at(at + g // 2 * 32, 16)
-            for half in (0, 1):
-                shift = np.int32(4 * (2 * (g % 2) + half))
-                line = out[first + 16 * half : min(last, first + 16 * half + 16)]
-                for i in range(line.size):
-                    line[i] = scale * np.float32((np.int32(words[i]) >> shift & np.int32(15)) - np.int32(8))
+            codes_of_four, line = bytes_at(at + g // 4 * 64, 64), out[first:last]
+            for i in range(line.size):
+                both = np.int32(codes_of_four[i // 4 % 4 * 16 + g % 4 * 4 + i % 4])
+                line[i] = scale * np.float32((both >> np.int32(i // 16 * 4) & np.int32(15)) - np.int32(8))
 
 
 @njit
