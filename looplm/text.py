@@ -121,8 +121,9 @@ class Tokenizer:
         """
         listed = [int(i) for i in ids]
         if self._byte_level:
-            spelled = self._raw_bytes if special else self.token_bytes
-            return b"".join(map(spelled, listed)).decode("utf-8", "replace")
+            spell = self._raw_bytes if special else self.token_bytes
+            spelled = {i: spell(i) for i in set(listed)}  # a corpus has many times more tokens than there are kinds
+            return b"".join(map(spelled.__getitem__, listed)).decode("utf-8", "replace")
         for i in listed:
             self._token(i)
         return self._backend.decode(listed, skip_special_tokens=not special)
