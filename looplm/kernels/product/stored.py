@@ -133,28 +133,18 @@ def _multiply(kind: int) -> Routine:
         for n in range(apart):
             count = (last - first - n + apart - 1) // apart
             w, s, out = codes + (first + n) * row, scales + (first + n) * s_step, y + 4 * n
-            for m in range(0, rows - 1, together):
+            s_gap, m = apart * s_step, 0
+            while rows - m >= min(together, 3):
                 at, into, several = prepared + m * step, out + m * y_step, min(together, rows - m)
                 stream(
-                    kind,
-                    together,
-                    w,
-                    w_step,
-                    count,
-                    at,
-                    step,
-                    several,
-                    s,
-                    apart * s_step,
-                    scratch,
-                    into,
-                    y_step,
-                    y_gap,
-                    stored,
+                    kind, together, w, w_step, count, at, step, several, s, s_gap, scratch, into, y_step, y_gap, stored
                 )
-            if rows % together == 1:
-                at, into = prepared + (rows - 1) * step, out + (rows - 1) * y_step
-                stream(kind, 1, w, w_step, count, at, step, 1, s, apart * s_step, scratch, into, y_step, y_gap, stored)
+                m += together
+            at, into = prepared + m * step, out + m * y_step
+            if together > 2 and rows - m == 2:
+                stream(kind, 2, w, w_step, count, at, step, 2, s, s_gap, scratch, into, y_step, y_gap, stored)
+            elif rows - m == 1:
+                stream(kind, 1, w, w_step, count, at, step, 1, s, s_gap, scratch, into, y_step, y_gap, stored)
         return 0
 
     return Routine(multiply)
