@@ -26,8 +26,8 @@ ROOMS = {  # room -> what its files may import besides the standard library
     "cli/looplm_cli": {"typer", "rich", "numpy", "yaml", "looplm", "looplm_reference", "looplm_fixtures", "looplm_cli"},
 }
 OPTIONAL = {"looplm/template_worker.py": "chat"}  # file -> the extra that it may import from, alone
-COMPILERS = {"numba", "llvmlite"}
-MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("jit", "intrinsics", "vectors", "streams", "addresses", "amx")}
+COMPILERS, KERNELS = {"numba", "llvmlite"}, "looplm/kernels"
+MAY_COMPILE = {f"{KERNELS}/{n}.py" for n in ("addresses", "amx", "emission", "intrinsics", "jit", "streams", "vectors")}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
     "errors": set(),
     "arrays": set(),

@@ -22,6 +22,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .addresses import floats_at
+from .emission import constant, declared, fetch, load, multiply_add, plus, vector
 from .jit import JIT_DISABLED, features
 from .plain_streams import DOTS, FLOATS
 from .vectors import LANES, WHOLE_LINES, WIDTH, _spread
@@ -41,50 +42,22 @@ _X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: INT4_BLOCK
 _GROUPS = {INT8: 1, INT4: 4}  # scales of a block of columns
 _CODES = 2 * LANES
 RUN = 32  # blocks of columns whose scales are multiplied ahead
-
-
-def _vector(kind, count):
-    return ir.VectorType(kind, count)
-
-
-def _constant(kind, value):
-    return ir.Constant(kind, [value] * kind.count)
-
-
-def _at(builder, address, kind):
-    """What lies at an address, aligned or not."""
-    loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
-    loaded.align = 1
-    return loaded
-
-
-def _plus(builder, address, offset):
-    return builder.add(address, _I64(offset)) if offset else address
-
-
-def _function(builder, name, result, arguments):
-    existing = builder.module.globals.get(name)
-    return existing or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
-
-
-def _multiply_add(builder, left, right, total):
-    """One rounding where the processor has it, two where not: never the compiler's choice, nor is the order of sums."""
-    kind, fused = total.type, features() & {"fma", "neon"}
-    name = f"llvm.{'fma' if fused else 'fmuladd'}.v{kind.count}f32"  # an addition would be in its hands
-    return builder.call(_function(builder, name, kind, [kind] * 3), [left, right, total])
+# Integers are asked for so many bytes ahead: what processors fetch by themselves comes too late where there is much to
+# do with a line.  Floats come in time.
+AHEAD = 4096
 
 
 def _pair_sums(builder, left, right, total):
     """total (LANES x i32) += products of 16-bit integers (_CODES of them), neighbours added."""
     if WHOLE_LINES:
         operands = [total, *(builder.bitcast(side, total.type) for side in (left, right))]
-        function = _function(builder, "llvm.x86.avx512.vpdpwssd.512", total.type, [total.type] * 3)
+        function = declared(builder, "llvm.x86.avx512.vpdpwssd.512", total.type, [total.type] * 3)
         return builder.call(function, operands)
     if "avx2" in features():
         kinds = [left.type, right.type]
-        function = _function(builder, "llvm.x86.avx2.pmadd.wd", total.type, kinds)
+        function = declared(builder, "llvm.x86.avx2.pmadd.wd", total.type, kinds)
         return builder.add(total, builder.call(function, [left, right]))
-    wide = _vector(_I32, _CODES)
+    wide = vector(_I32, _CODES)
     product = builder.mul(builder.sext(left, wide), builder.sext(right, wide))
     for odd in (0, 1):
         mask = ir.Constant(total.type, [2 * i + odd for i in range(LANES)])
@@ -98,7 +71,7 @@ def _sums_of_four(builder, lines):
     def fold(first, second, runs, size):
         """Runs of `size` lanes, counted through both lines: the first half of each added to the second."""
         masks = [[run * size + i + half for run in range(runs) for i in range(size // 2)] for half in (0, size // 2)]
-        parts = [ir.Constant(_vector(_I32, len(mask)), mask) for mask in masks]
+        parts = [ir.Constant(vector(_I32, len(mask)), mask) for mask in masks]
         return builder.fadd(*(builder.shuffle_vector(first, second, part) for part in parts))
 
     width = lines[0].type.count
@@ -113,14 +86,14 @@ class _Sums:
     """Accumulators of a block: a vector for each pair of rows, in registers."""
 
     def __init__(self, builder, pairs, width):
-        kind = _vector(_F32, width)
+        kind = vector(_F32, width)
         self.builder, self.places = builder, {pair: cgutils.alloca_once(builder, kind) for pair in pairs}
         for place in self.places.values():
             builder.store(ir.Constant(kind, None), place)
 
     def multiply_add(self, pair, left, right):
         place = self.places[pair]
-        self.builder.store(_multiply_add(self.builder, left, right, self.builder.load(place)), place)
+        self.builder.store(multiply_add(self.builder, left, right, self.builder.load(place)), place)
 
     def totals(self, i):
         """The sums of row i of x with the BLOCK weight rows."""
@@ -129,77 +102,77 @@ class _Sums:
 
 def _float_columns(builder, sums, weights, lines, scales):
     for i, x in enumerate(lines):
-        x = _at(builder, x, _vector(_F32, WIDTH))
+        x = load(builder, x, vector(_F32, WIDTH))
         for j, weight in enumerate(weights):
-            sums.multiply_add((i, j), _at(builder, weight, x.type), x)
+            sums.multiply_add((i, j), load(builder, weight, x.type), x)
 
 
 def _halves(builder, words):
     """The even and the odd bfloat16 numbers of a line of words, as floats."""
-    even, odd = builder.shl(words, _constant(words.type, 16)), builder.and_(words, _constant(words.type, -65536))
-    return [builder.bitcast(half, _vector(_F32, words.type.count)) for half in (even, odd)]
+    even, odd = builder.shl(words, constant(words.type, 16)), builder.and_(words, constant(words.type, -65536))
+    return [builder.bitcast(half, vector(_F32, words.type.count)) for half in (even, odd)]
 
 
 def _bfloat_columns(builder, sums, weights, lines, scales):
-    words, floats = _vector(_I32, WIDTH), _vector(_F32, WIDTH)
-    halves = [_halves(builder, _at(builder, weight, words)) for weight in weights]
+    words, floats = vector(_I32, WIDTH), vector(_F32, WIDTH)
+    halves = [_halves(builder, load(builder, weight, words)) for weight in weights]
     for which in (0, 1):
         for i, x in enumerate(lines):
-            x = _at(builder, _plus(builder, x, 4 * WIDTH * which), floats)
+            x = load(builder, plus(builder, x, 4 * WIDTH * which), floats)
             for j, both in enumerate(halves):
                 sums.multiply_add((i, j), both[which], x)
 
 
 def _int8_columns(builder, sums, weights, lines, scales):
-    totals = {pair: ir.Constant(_vector(_I32, LANES), None) for pair in scales}
+    totals = {pair: ir.Constant(vector(_I32, LANES), None) for pair in scales}
     for at in range(0, 64, _CODES):
-        codes = [_at(builder, _plus(builder, weight, at), _vector(_I8, _CODES)) for weight in weights]
-        codes = [builder.sext(code, _vector(_I16, _CODES)) for code in codes]
+        codes = [load(builder, plus(builder, weight, at), vector(_I8, _CODES)) for weight in weights]
+        codes = [builder.sext(code, vector(_I16, _CODES)) for code in codes]
         for i, x in enumerate(lines):
-            x = _at(builder, _plus(builder, x, 2 * at), _vector(_I16, _CODES))
+            x = load(builder, plus(builder, x, 2 * at), vector(_I16, _CODES))
             for j, code in enumerate(codes):
                 totals[i, j] = _pair_sums(builder, code, x, totals[i, j])
     for pair, total in totals.items():
-        scale = _spread(builder, _at(builder, scales[pair], _F32), LANES)
+        scale = _spread(builder, load(builder, scales[pair], _F32), LANES)
         sums.multiply_add(pair, builder.sitofp(total, scale.type), scale)
 
 
 def _sums_of_bytes(builder, codes, x, total):
     """total (LANES x i32) += codes (bytes without sign, up to 15) times x (signed ones), four neighbours added."""
     if WHOLE_LINES:
-        function = _function(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total.type] * 3)
+        function = declared(builder, "llvm.x86.avx512.vpdpbusd.512", total.type, [total.type] * 3)
         for pair in zip(codes, x, strict=True):
             total = builder.call(function, [total, *(builder.bitcast(side, total.type) for side in pair)])
         return total
-    wide, kind = _vector(_I16, 32), _vector(_I16, 16)
+    wide, kind = vector(_I16, 32), vector(_I16, 16)
     sums = ir.Constant(kind, None)  # of two neighbours in each of four vectors: at most 8 * 15 * 128
     for left, right in zip(codes, x, strict=True):
         if "avx2" in features():
-            function = _function(builder, "llvm.x86.avx2.pmadd.ub.sw", kind, [left.type, right.type])
+            function = declared(builder, "llvm.x86.avx2.pmadd.ub.sw", kind, [left.type, right.type])
             sums = builder.add(sums, builder.call(function, [left, right]))
         else:
             products = builder.mul(builder.zext(left, wide), builder.sext(right, wide))
             for odd in (0, 1):
-                mask = ir.Constant(_vector(_I32, 16), [2 * i + odd for i in range(16)])
+                mask = ir.Constant(vector(_I32, 16), [2 * i + odd for i in range(16)])
                 sums = builder.add(sums, builder.shuffle_vector(products, products, mask))
-    return _pair_sums(builder, sums, _constant(kind, 1), total)
+    return _pair_sums(builder, sums, constant(kind, 1), total)
 
 
 def _int4_columns(builder, sums, weights, lines, scales):
-    lanes, bytes_ = _vector(_I32, LANES), _vector(_I8, 4 * LANES)
+    lanes, bytes_ = vector(_I32, LANES), vector(_I8, 4 * LANES)
     codes = []
     for weight in weights:
-        stored = [_at(builder, _plus(builder, weight, at), bytes_) for at in range(0, 64, bytes_.count)]
-        lower = [builder.and_(both, _constant(bytes_, 15)) for both in stored]
-        codes.append(lower + [builder.lshr(both, _constant(bytes_, 4)) for both in stored])
+        stored = [load(builder, plus(builder, weight, at), bytes_) for at in range(0, 64, bytes_.count)]
+        lower = [builder.and_(both, constant(bytes_, 15)) for both in stored]
+        codes.append(lower + [builder.lshr(both, constant(bytes_, 4)) for both in stored])
     for i, x in enumerate(lines):
-        parts = [_at(builder, _plus(builder, x, at), bytes_) for at in range(0, 256, bytes_.count)]
+        parts = [load(builder, plus(builder, x, at), bytes_) for at in range(0, 256, bytes_.count)]
         high, low = parts[: len(parts) // 2], parts[len(parts) // 2 :]
-        start, zero = _at(builder, _plus(builder, x, 256), lanes), ir.Constant(lanes, None)
+        start, zero = load(builder, plus(builder, x, 256), lanes), ir.Constant(lanes, None)
         for j, code in enumerate(codes):
-            upper = builder.shl(_sums_of_bytes(builder, code, high, zero), _constant(lanes, 8))
+            upper = builder.shl(_sums_of_bytes(builder, code, high, zero), constant(lanes, 8))
             total = builder.add(_sums_of_bytes(builder, code, low, start), upper)
-            four = _at(builder, scales[i, j], _vector(_F32, 4))
+            four = load(builder, scales[i, j], vector(_F32, 4))
             scale = builder.shuffle_vector(four, four, ir.Constant(lanes, [0, 1, 2, 3] * (LANES // 4)))
             sums.multiply_add((i, j), builder.sitofp(total, scale.type), scale)
 
@@ -213,12 +186,12 @@ def _emit_scales(builder, places, weights, lines, groups):
     def multiply(first, count):
         left = []
         for weight in weights:
-            bits = _at(builder, builder.add(weight, builder.mul(first, _I64(2))), _vector(_I16, count))
-            bits = builder.shl(builder.zext(bits, _vector(_I32, count)), _constant(_vector(_I32, count), 16))
-            left.append(builder.bitcast(bits, _vector(_F32, count)))
+            bits = load(builder, builder.add(weight, builder.mul(first, _I64(2))), vector(_I16, count))
+            bits = builder.shl(builder.zext(bits, vector(_I32, count)), constant(vector(_I32, count), 16))
+            left.append(builder.bitcast(bits, vector(_F32, count)))
         offset = builder.mul(first, _I64(4))
         for i, line in enumerate(lines):
-            right = _at(builder, builder.add(line, offset), left[0].type)
+            right = load(builder, builder.add(line, offset), left[0].type)
             for j, scale in enumerate(left):
                 into = builder.inttoptr(builder.add(places[i, j], offset), right.type.as_pointer())
                 builder.store(builder.fmul(right, scale), into).align = 4
@@ -260,6 +233,8 @@ def _emit_stream(kind, together, context, builder, values):
 
     def multiply(block, scales):
         here = [builder.add(weight, builder.mul(block, _I64(_BYTES[kind]))) for weight in weights]
+        for weight in here if integers else ():
+            fetch(builder, plus(builder, weight, AHEAD))
         there = [builder.add(line, builder.mul(block, _I64(_X_BYTES[kind]))) for line in lines]
         _STEPS[kind](builder, sums, here, there, scales)
 
@@ -267,7 +242,7 @@ def _emit_stream(kind, together, context, builder, values):
         size = _GROUPS[kind]
         own = [builder.add(line, builder.mul(whole, _I64(_X_BYTES[kind]))) for line in lines]
         theirs = rows(s, s_step, w_count, BLOCK)
-        places = {(i, j): _plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
+        places = {(i, j): plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
         runs = builder.udiv(builder.add(whole, _I64(RUN - 1)), _I64(RUN))
         with cgutils.for_range(builder, runs, intp=_I64) as run:
             first = builder.mul(run.index, _I64(RUN))
@@ -278,7 +253,7 @@ def _emit_stream(kind, together, context, builder, values):
             _emit_scales(builder, places, left, right, builder.mul(count, _I64(size)))
             with cgutils.for_range(builder, count, intp=_I64) as loop:
                 offset = builder.add(products, builder.mul(loop.index, _I64(4 * size)))
-                scales = {(i, j): _plus(builder, offset, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
+                scales = {(i, j): plus(builder, offset, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
                 multiply(builder.add(first, loop.index), scales)
     else:
         with cgutils.for_range(builder, whole, intp=_I64) as loop:
@@ -302,8 +277,8 @@ def _emit_rest(kind, builder, sums, weights, lines, whole, columns):
     with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
         places = []
         for weight in weights:
-            place = cgutils.alloca_once(builder, _vector(_I8, _BYTES[kind]))
-            builder.store(ir.Constant(_vector(_I8, _BYTES[kind]), None), place)
+            place = cgutils.alloca_once(builder, vector(_I8, _BYTES[kind]))
+            builder.store(ir.Constant(vector(_I8, _BYTES[kind]), None), place)
             source = builder.inttoptr(builder.add(weight, builder.mul(whole, _I64(_BYTES[kind]))), _I8.as_pointer())
             cgutils.raw_memcpy(builder, builder.bitcast(place, _I8.as_pointer()), source, rest, 1)
             places.append(builder.ptrtoint(place, _I64))
@@ -354,28 +329,28 @@ def _stream_plain(
 
 def _emit_weighted(kind, context, builder, values):
     v, v_step, weight, keys, out = values
-    floats, words = _vector(_F32, WIDTH), _vector(_I32, WIDTH)
+    floats, words = vector(_F32, WIDTH), vector(_I32, WIDTH)
     zero = ir.Constant(floats, None)
     count = CHANNEL_BLOCK // WIDTH
     places = [cgutils.alloca_once_value(builder, zero) for _ in range(count)]
     for place in places:
         builder.store(zero, place)
     with cgutils.for_range(builder, keys, intp=_I64) as loop:
-        factor = _spread(builder, _at(builder, builder.add(weight, builder.mul(loop.index, _I64(4))), _F32), WIDTH)
+        factor = _spread(builder, load(builder, builder.add(weight, builder.mul(loop.index, _I64(4))), _F32), WIDTH)
         row = builder.add(v, builder.mul(loop.index, v_step))
         lines = []
         for i in range(count if kind == FLOAT32 else count // 2):
-            loaded = _at(builder, _plus(builder, row, 4 * WIDTH * i), words)
+            loaded = load(builder, plus(builder, row, 4 * WIDTH * i), words)
             lines += [builder.bitcast(loaded, floats)] if kind == FLOAT32 else _halves(builder, loaded)
         for place, line in zip(places, lines, strict=True):
-            builder.store(_multiply_add(builder, line, factor, builder.load(place)), place)
+            builder.store(multiply_add(builder, line, factor, builder.load(place)), place)
     sums = [builder.load(place) for place in places]
     if kind == BFLOAT16:  # even and odd channels, back in order
         orders = [[i // 2 + WIDTH * (i % 2) for i in range(first, first + WIDTH)] for first in (0, WIDTH)]
         masks = [ir.Constant(words, order) for order in orders]
         sums = [builder.shuffle_vector(sums[i], sums[i + 1], mask) for i in range(0, count, 2) for mask in masks]
     for i, line in enumerate(sums):
-        builder.store(line, builder.inttoptr(_plus(builder, out, 4 * WIDTH * i), floats.as_pointer())).align = 4
+        builder.store(line, builder.inttoptr(plus(builder, out, 4 * WIDTH * i), floats.as_pointer())).align = 4
     return context.get_dummy_value()
 
 

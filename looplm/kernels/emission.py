@@ -1,0 +1,47 @@
+# mypy: ignore-errors
+"""Words for the instructions that streams.py writes: vectors, what lies at an address, products, asking for a line."""
+
+import llvmlite.ir as ir
+
+from .jit import features
+
+_I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+def vector(kind, count):
+    return ir.VectorType(kind, count)
+
+
+def constant(kind, value):
+    return ir.Constant(kind, [value] * kind.count)
+
+
+def load(builder, address, kind):
+    """What lies at an address, aligned or not."""
+    loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))
+    loaded.align = 1
+    return loaded
+
+
+def plus(builder, address, offset):
+    return builder.add(address, _I64(offset)) if offset else address
+
+
+def declared(builder, name, result, arguments):
+    existing = builder.module.globals.get(name)
+    return existing or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
+
+
+def fetch(builder, address):
+    """Ask for the line there; an address of nothing is asked for in vain."""
+    place = _I8.as_pointer()
+    function = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _I32, _I32, _I32])
+    read, second_level, data = _I32(0), _I32(2), _I32(1)
+    builder.call(function, [builder.inttoptr(address, place), read, second_level, data])
+
+
+def multiply_add(builder, left, right, total):
+    """One rounding where the processor has it, two where not: never the compiler's choice, nor is the order of sums."""
+    kind, fused = total.type, features() & {"fma", "neon"}
+    name = f"llvm.{'fma' if fused else 'fmuladd'}.v{kind.count}f32"  # an addition would be in its hands
+    return builder.call(declared(builder, name, kind, [kind] * 3), [left, right, total])
