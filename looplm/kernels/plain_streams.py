@@ -36,9 +36,9 @@ def _dot_int4(w, x, scales, columns):
     blocks = columns // 128
     stored = signed_bytes_at(w, 64 * blocks).view(np.uint8).reshape(blocks, 1, 4, 4, 4)
     codes = np.concatenate([stored & 15, stored >> 4], axis=1).astype(np.int32)  # block, half, place, group, column
-    parts = signed_bytes_at(x, 320 * blocks).reshape(blocks, 5, 64).astype(np.int32)
-    numbers = (256 * parts[:, :2] + parts[:, 2:4]).reshape(codes.shape)
-    starts = signed_bytes_at(x, 320 * blocks).reshape(blocks, 320)[:, 256:].copy().view(np.int32)
+    parts = signed_bytes_at(x, 320 * blocks).reshape(blocks, 5, 64)  # upper bytes twice, lower twice, starts
+    numbers = (256 * parts[:, :2].astype(np.int32) + parts[:, 2:4]).reshape(codes.shape)
+    starts = parts[:, 4].copy().view(np.int32)
     sums = (codes * numbers).sum(axis=(1, 2, 4)) + starts.reshape(blocks, 4, 4).sum(axis=1)
     return sums.reshape(-1).astype(np.float32) @ _scales(x + 320 * blocks, scales, 4 * blocks)
 

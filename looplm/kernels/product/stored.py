@@ -17,6 +17,7 @@ FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memor
 
 _ZERO, _MOST = np.float32(0.0), np.float32(127 * 256 + 127)  # whose high byte is one, too
 _ZERO_POINT = np.int32(8)
+_SPARE = 64  # floats that a prepared row takes beyond its columns: int4 rounds a block there
 
 
 # ---- preparing x
@@ -117,7 +118,7 @@ def _multiply(kind: int) -> Routine:
         if integers:
             stored = padded(kind, columns)
             s_step = 2 * (stored // group_size(kind))
-        row, step = row_bytes(kind, columns), 4 * (padded(INT4, columns) + 64)
+        row, step = row_bytes(kind, columns), 4 * (padded(INT4, columns) + _SPARE)
         apart = (last - first + BLOCK - 1) // BLOCK
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
@@ -134,7 +135,7 @@ def _multiply(kind: int) -> Routine:
             count = (last - first - n + apart - 1) // apart
             w, s, out = codes + (first + n) * row, scales + (first + n) * s_step, y + 4 * n
             s_gap, m = apart * s_step, 0
-            while rows - m >= min(together, 3):
+            while rows - m >= min(together, 3):  # three rows pass as four; two have a kernel of their own
                 at, into, several = prepared + m * step, out + m * y_step, min(together, rows - m)
                 stream(
                     kind, together, w, w_step, count, at, step, several, s, s_gap, scratch, into, y_step, y_gap, stored
@@ -160,4 +161,4 @@ def scratch_size(columns: int) -> int:
 
 def prepared_size(columns: int, rows: int) -> int:
     """Floats that prepared rows take, in any format, of up to so many columns."""
-    return rows * (columns + 192)
+    return rows * (columns + 127 + _SPARE)  # padded to 128 columns at most
