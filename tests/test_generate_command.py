@@ -2,6 +2,7 @@
 
 import io
 import pathlib
+import re
 import sys
 
 import numpy as np
@@ -63,8 +64,9 @@ def test_the_text_goes_to_stdout_and_the_account_to_stderr(model: pathlib.Path) 
     report = report_of(*arguments)
     assert out.removesuffix("\n") == report["text"].removesuffix("\n")
     first, second = err.splitlines()
-    assert first.startswith(f"{report['tokens']} tokens in ")
-    assert first.endswith(f"tokens/s ({report['finish']})")
+    count, finish = report["tokens"], report["finish"]
+    spent = r"[\d.]+ s: [\d.]+ s to the first two, then [\d,.]+ tokens/s"
+    assert re.fullmatch(rf"{count} tokens in {spent} \({finish}\)", first)
     share = round(100 * report["loops_saved"])
     assert second.startswith(f"loops {report['mean_loops']:.2f} of 4 on average, {share} % saved; read after loop ")
     assert f"4: {round(100 * report['exits'][3])} %" in second

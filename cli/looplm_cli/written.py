@@ -68,7 +68,10 @@ class Written:
     def summary(self) -> str:
         from looplm_cli.render import exit_histogram
 
-        rate = f", {self.tokens_per_s:,.1f} tokens/s" if self.tokens_per_s else ""
+        rate = ""
+        if self.tokens_per_s:
+            ready = self.moments[UNTIMED] - self.moments[0]
+            rate = f": {ready:.1f} s to the first two, then {self.tokens_per_s:,.1f} tokens/s"
         return (
             f"{len(self.tokens)} tokens in {self.moments[-1] - self.moments[0]:.1f} s{rate} ({self.finish})\n"
             f"loops {self.mean_loops:.2f} of {self.depth} on average, {100 * self.loops_saved:.0f} % saved; "
