@@ -9,7 +9,7 @@ from .arrays import Array, Floats, Ints, aligned_empty
 from .cache import KeyValueCache
 from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
-from .kernels.cached_attention import attend_few, attend_many
+from .kernels.cached_attention import attend_few, attend_many, score_size
 from .kernels.decoding import PHASES
 from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
 from .kernels.product.widened import multiply_wide, multiply_wide_pairs
@@ -126,7 +126,7 @@ class Decoder:
             LAYERS=config.num_hidden_layers,
             VOCABULARY=config.vocab_size,
         )
-        kinds = {self._cache.kind, *(matrix.plan[0] for name, matrix in weights.matrices.items() if name != EMBEDDING)}
+        kinds = {matrix.plan[0] for name, matrix in weights.matrices.items() if name != EMBEDDING}
         for kind in kinds | {weights.head.plan[0]}:
             self._plan[field.MULTIPLY + kind] = multiply[kind].address
         self._point(
@@ -165,7 +165,7 @@ class Decoder:
         channels = config.head_dim
         per_group = config.num_attention_heads // config.num_key_value_heads
         longest = max(config.hidden_size, config.intermediate_size, config.num_attention_heads * channels)
-        scores = max(per_group * keys, forward_buffer_size(keys, channels) + 2 * keys * channels)
+        scores = max(per_group * score_size(keys), forward_buffer_size(keys, channels) + 2 * keys * channels)
         sizes = {
             "SCRATCH": scratch_size(longest),
             "QUERIES": prepared_size(channels, per_group),
@@ -178,4 +178,5 @@ class Decoder:
             at += -(-size // LINE) * LINE
         self._own = aligned_empty((self._team.threads, at))
         self._point(OWN=self._own)
-        self._set(OWN_STEP=4 * at, SCORES_SIZE=scores)
+        steps = {"QUERY_STEP": 4 * prepared_size(channels, 1), "SCORE_STEP": 4 * score_size(keys)}
+        self._set(OWN_STEP=4 * at, SCORES_SIZE=scores, **steps)

@@ -26,8 +26,9 @@ ROOMS = {  # room -> what its files may import besides the standard library
     "cli/looplm_cli": {"typer", "rich", "numpy", "yaml", "looplm", "looplm_reference", "looplm_fixtures", "looplm_cli"},
 }
 OPTIONAL = {"looplm/template_worker.py": "chat"}  # file -> the extra that it may import from, alone
-COMPILERS, KERNELS = {"numba", "llvmlite"}, "looplm/kernels"
-MAY_COMPILE = {f"{KERNELS}/{n}.py" for n in ("addresses", "amx", "emission", "intrinsics", "jit", "streams", "vectors")}
+COMPILERS = {"numba", "llvmlite"}
+MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("addresses", "amx", "cache_streams", "emission", "intrinsics")}
+MAY_COMPILE |= {f"looplm/kernels/{name}.py" for name in ("jit", "streams", "vectors")}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
     "errors": set(),
     "arrays": set(),
@@ -37,9 +38,8 @@ BELOW = {  # module of the engine -> the only other modules of the engine it may
     "weights": {"arrays", "config", "errors", "settings"},
 }
 ABOVE_MODEL = {"training", "generation", "analysis", "checkpoint", "data", "text", "tasks"}
-SEEDED = re.compile(
-    r"^(np|numpy)\.random\.(?!default_rng|Generator|SeedSequence|PCG64|Philox|BitGenerator)\w+|^random\.\w+"
-)
+_KINDS = "default_rng|Generator|SeedSequence|PCG64|Philox|BitGenerator"
+SEEDED = re.compile(rf"^(np|numpy)\.random\.(?!{_KINDS})\w+|^random\.\w+")
 WORDS = {
     "an unfinished mark": re.compile(r"\b(TO[D]O|FIX[M]E|XX[X]|HAC[K])\b|NotImplemented[E]rror"),
     "a path of one machine": re.compile(r"(?<![\w.])/(?:home|root|work|farm)/\w"),

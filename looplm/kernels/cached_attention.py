@@ -3,12 +3,16 @@
 import numpy as np
 
 from . import plan as field
-from .addresses import call, floats_at, longs_at, rows_at, words_at
+from .addresses import floats_at, longs_at, rows_at, words_at
 from .attention import attend_head, pack_keys
+from .cache_streams import CHANNEL_BLOCK, KEYS, scored, weighted
 from .intrinsics import exp32, round16, widen16
 from .jit import Routine, njit
+from .product.stored import copy_columns, sort_columns
 from .rope import turn_head
-from .streams import BFLOAT16, CHANNEL_BLOCK, FLOAT32, weighted
+from .streams import BFLOAT16, FLOAT32
+
+SHARED_KEYS = 256  # that all queries of a group pass by before the next are read
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -64,6 +68,11 @@ def _widen(source, into, count):
         wide[i] = widen16(words[i])
 
 
+def score_size(keys: int) -> int:
+    """Floats that the scores of a query take."""
+    return keys + KEYS
+
+
 @njit
 def _soften(scores, count, scale):
     """Scores to weights, which sum to 1."""
@@ -80,6 +89,20 @@ def _soften(scores, count, scale):
         weight[j] *= inverse
 
 
+@njit
+def _weigh_rest(kind, values, weight, count, out, first, channels):
+    """out += weights times values, channels from `first` on."""
+    factors, sums = floats_at(weight, count), floats_at(out, channels)
+    for c in range(first, channels):
+        dot = _ZERO
+        for j in range(count):
+            if kind == FLOAT32:
+                dot += factors[j] * floats_at(values + 4 * j * channels, channels)[c]
+            else:
+                dot += factors[j] * widen16(words_at(values + 2 * j * channels, channels)[c])
+        sums[c] += dot
+
+
 def _attend_few(kind: int) -> Routine:
     """The routine of a kind of cache: a number in its closure, so that the other is not compiled."""
 
@@ -87,44 +110,47 @@ def _attend_few(kind: int) -> Routine:
         """One key/value group: turn queries and keys, append keys and values, attend.
 
         Each row goes where the plan's places say, and attends to the positions up to its own in the slot it is
-        appended to: keys and values are read once.
+        appended to: keys and values are read once, by all queries of the group.
         """
         plan = longs_at(plan_at, field.FIRST_LAYER)
         channels, heads, groups = plan[field.CHANNELS], plan[field.HEADS], plan[field.GROUPS]
         per_group, total, size = heads // groups, heads + 2 * groups, (4 if kind == FLOAT32 else 2) * channels
-        scores, stride, scale = own + plan[field.SCORES], plan[field.CAPACITY], np.float32(1.0 / np.sqrt(channels))
-        whole = channels // CHANNEL_BLOCK * CHANNEL_BLOCK
+        queries, query_step = own + plan[field.QUERIES], plan[field.QUERY_STEP]
+        scores, score_step = own + plan[field.SCORES], plan[field.SCORE_STEP]
+        scale, whole = np.float32(1.0 / np.sqrt(channels)), channels // CHANNEL_BLOCK * CHANNEL_BLOCK
         _turn_and_append(plan, layer, g)
         for row in range(plan[field.BATCH] * plan[field.LENGTH]):
             slot, b, where = _place(plan, row, layer)
-            first, count = _start(plan, b), where + 1 - _start(plan, b)
+            start = _start(plan, b)
+            place = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + start
+            keys, values, count = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size, where + 1 - start
             query = plan[field.QKV] + 4 * channels * (row * total + g * per_group)
             out = plan[field.ATTENTION] + 4 * channels * (row * heads + g * per_group)
-            if count <= 0:
-                nothing = floats_at(out, per_group * channels)
-                for i in range(nothing.size):
-                    nothing[i] = _ZERO
-                continue
-            place = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + first
-            keys, values = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size
-            ready, scratch = own + plan[field.QUERIES], own + plan[field.SCRATCH]
-            arguments = (keys, 0, channels, 0, count, query, channels, per_group, scores, stride, ready, scratch)
-            call(plan[field.MULTIPLY + kind], arguments)
-            for head in range(per_group):
-                weight, into = scores + 4 * head * stride, out + 4 * head * channels
-                _soften(weight, count, scale)
-                for c in range(0, whole, CHANNEL_BLOCK):
-                    weighted(kind, values + c * (size // channels), size, weight, count, into + 4 * c)
-                factors, sums = floats_at(weight, count), floats_at(into, channels)
-                for c in range(whole, channels):
-                    dot = _ZERO
-                    for j in range(count):
-                        at = values + j * size
+            sums = floats_at(out, per_group * channels)
+            for i in range(sums.size):
+                sums[i] = _ZERO
+            run = count if per_group == 1 else SHARED_KEYS
+            for first in range(0, count, run):
+                some = min(run, count - first)
+                for head in range(per_group):
+                    ready, into = queries + head * query_step, scores + head * score_step + 4 * first
+                    if first == 0:
+                        line = floats_at(query + 4 * head * channels, channels)
                         if kind == FLOAT32:
-                            dot += factors[j] * floats_at(at, channels)[c]
+                            copy_columns(ready, line, channels)
                         else:
-                            dot += factors[j] * widen16(words_at(at, channels)[c])
-                    sums[c] = dot
+                            sort_columns(ready, line, channels)
+                    scored(kind, keys + first * size, size, some, ready, channels, into)
+            for head in range(per_group if count > 0 else 0):
+                _soften(scores + head * score_step, count, scale)
+            for first in range(0, count, run):
+                some = min(run, count - first)
+                for head in range(per_group):
+                    weight, into = scores + head * score_step + 4 * first, out + 4 * head * channels
+                    for c in range(0, whole, CHANNEL_BLOCK):
+                        at = values + first * size + c * (size // channels)
+                        weighted(kind, at, size, weight, some, into + 4 * c)
+                    _weigh_rest(kind, values + first * size, weight, some, into, whole, channels)
         return 0
 
     return Routine(attend_few)

@@ -21,7 +21,8 @@ NORM, GATE_WEIGHT, GATE_BIAS, HEAD = 40, 41, 42, 43  # and from HEAD on, a matri
 PREPARED_STEP = 52  # bytes from what is prepared for one kind of weight to the next
 # How work is shared: phases of the command; items of each phase of a layer and of the head; outputs come in units.
 (PHASE_COUNT, UNIT, ITEMS, HEAD_ITEMS) = (53, 54, 55, 59)
-FIRST_LAYER = 60
+QUERY_STEP, SCORE_STEP = 60, 61  # bytes from one query of a group to the next, prepared, and from scores to scores
+FIRST_LAYER = 62
 (NORM_1, NORM_2, NORM_3, NORM_4, Q, K, V, O, GATE, UP, DOWN) = (0, 1, 2, 3, 4, 7, 10, 13, 16, 19, 22)  # noqa: E741
 LAYER_SIZE = 25
 

@@ -24,21 +24,20 @@ from numba.extending import intrinsic
 from .addresses import floats_at
 from .emission import constant, declared, fetch, load, multiply_add, plus, vector
 from .jit import JIT_DISABLED, features
-from .plain_streams import DOTS, FLOATS
+from .plain_streams import DOTS
 from .vectors import LANES, WHOLE_LINES, WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 BLOCK = 4  # weight rows that are read side by side, whose lanes are summed together
 # Rows of x that are multiplied with each of them, for each kind: what registers there are.
 TOGETHER = (4, 4, 2, 2) if WIDTH == 16 else (2, 2, 2, 2)
-CHANNEL_BLOCK = 32  # channels of values that are summed at once
 
 _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 # A block of columns: how many, bytes of a weight row, bytes of a row of x.
-_COLUMNS = {FLOAT32: WIDTH, BFLOAT16: 2 * WIDTH, INT8: 64, INT4: 128}
-_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 4 * WIDTH, INT8: 64, INT4: 64}
+COLUMNS = {FLOAT32: WIDTH, BFLOAT16: 2 * WIDTH, INT8: 64, INT4: 128}
+BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 4 * WIDTH, INT8: 64, INT4: 64}
 INT4_BLOCK = 320  # bytes of x for 128 columns: upper bytes, lower bytes, what the sums begin with
-_X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: INT4_BLOCK}
+X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: INT4_BLOCK}
 _GROUPS = {INT8: 1, INT4: 4}  # scales of a block of columns
 _CODES = 2 * LANES
 RUN = 32  # blocks of columns whose scales are multiplied ahead
@@ -82,22 +81,26 @@ def _sums_of_four(builder, lines):
     return total
 
 
-class _Sums:
+class Sums:
     """Accumulators of a block: a vector for each pair of rows, in registers."""
 
     def __init__(self, builder, pairs, width):
-        kind = vector(_F32, width)
-        self.builder, self.places = builder, {pair: cgutils.alloca_once(builder, kind) for pair in pairs}
+        self.builder, self._kind = builder, vector(_F32, width)
+        self.places = {pair: cgutils.alloca_once(builder, self._kind) for pair in pairs}
+        self.clear()
+
+    def clear(self):
         for place in self.places.values():
-            builder.store(ir.Constant(kind, None), place)
+            self.builder.store(ir.Constant(self._kind, None), place)
 
     def multiply_add(self, pair, left, right):
         place = self.places[pair]
         self.builder.store(multiply_add(self.builder, left, right, self.builder.load(place)), place)
 
-    def totals(self, i):
-        """The sums of row i of x with the BLOCK weight rows."""
-        return _sums_of_four(self.builder, [self.builder.load(self.places[i, j]) for j in range(BLOCK)])
+    def totals(self, i, first=0):
+        """The sums of row i of x with BLOCK weight rows, from `first` on."""
+        lines = [self.builder.load(self.places[i, j]) for j in range(first, first + BLOCK)]
+        return _sums_of_four(self.builder, lines)
 
 
 def _float_columns(builder, sums, weights, lines, scales):
@@ -107,7 +110,7 @@ def _float_columns(builder, sums, weights, lines, scales):
             sums.multiply_add((i, j), load(builder, weight, x.type), x)
 
 
-def _halves(builder, words):
+def both_halves(builder, words):
     """The even and the odd bfloat16 numbers of a line of words, as floats."""
     even, odd = builder.shl(words, constant(words.type, 16)), builder.and_(words, constant(words.type, -65536))
     return [builder.bitcast(half, vector(_F32, words.type.count)) for half in (even, odd)]
@@ -115,7 +118,7 @@ def _halves(builder, words):
 
 def _bfloat_columns(builder, sums, weights, lines, scales):
     words, floats = vector(_I32, WIDTH), vector(_F32, WIDTH)
-    halves = [_halves(builder, load(builder, weight, words)) for weight in weights]
+    halves = [both_halves(builder, load(builder, weight, words)) for weight in weights]
     for which in (0, 1):
         for i, x in enumerate(lines):
             x = load(builder, plus(builder, x, 4 * WIDTH * which), floats)
@@ -177,7 +180,7 @@ def _int4_columns(builder, sums, weights, lines, scales):
             sums.multiply_add((i, j), builder.sitofp(total, scale.type), scale)
 
 
-_STEPS = {FLOAT32: _float_columns, BFLOAT16: _bfloat_columns, INT8: _int8_columns, INT4: _int4_columns}
+STEPS = {FLOAT32: _float_columns, BFLOAT16: _bfloat_columns, INT8: _int8_columns, INT4: _int4_columns}
 
 
 def _emit_scales(builder, places, weights, lines, groups):
@@ -214,34 +217,35 @@ def _emit_scales(builder, places, weights, lines, groups):
                 several(1)
 
 
+def addresses_of(builder, start, step, count, number):
+    """Addresses of so many rows; those beyond the last of `count` are the last."""
+    found, last = [], builder.sub(count, _I64(1))
+    for i in range(number):
+        inside = builder.icmp_signed("<", _I64(i), count)
+        found.append(builder.add(start, builder.mul(step, builder.select(inside, _I64(i), last))))
+    return found
+
+
 def _emit_stream(kind, together, context, builder, values):
     w, w_step, w_count, x, x_step, x_count, s, s_step, products, y, y_step, y_gap, columns = values
     pairs = [(i, j) for i in range(together) for j in range(BLOCK)]
     integers = kind in _GROUPS
-    sums = _Sums(builder, pairs, LANES if integers else WIDTH)
-
-    def rows(start, step, count, number):
-        """Addresses of rows; those beyond the last are the last."""
-        found, last = [], builder.sub(count, _I64(1))
-        for i in range(number):
-            inside = builder.icmp_signed("<", _I64(i), count)
-            found.append(builder.add(start, builder.mul(step, builder.select(inside, _I64(i), last))))
-        return found
-
-    weights, lines = rows(w, w_step, w_count, BLOCK), rows(x, x_step, x_count, together)
-    whole = builder.udiv(columns, _I64(_COLUMNS[kind]))
+    sums = Sums(builder, pairs, LANES if integers else WIDTH)
+    weights = addresses_of(builder, w, w_step, w_count, BLOCK)
+    lines = addresses_of(builder, x, x_step, x_count, together)
+    whole = builder.udiv(columns, _I64(COLUMNS[kind]))
 
     def multiply(block, scales):
-        here = [builder.add(weight, builder.mul(block, _I64(_BYTES[kind]))) for weight in weights]
+        here = [builder.add(weight, builder.mul(block, _I64(BYTES[kind]))) for weight in weights]
         for weight in here if integers else ():
             fetch(builder, plus(builder, weight, AHEAD))
-        there = [builder.add(line, builder.mul(block, _I64(_X_BYTES[kind]))) for line in lines]
-        _STEPS[kind](builder, sums, here, there, scales)
+        there = [builder.add(line, builder.mul(block, _I64(X_BYTES[kind]))) for line in lines]
+        STEPS[kind](builder, sums, here, there, scales)
 
     if integers:
         size = _GROUPS[kind]
-        own = [builder.add(line, builder.mul(whole, _I64(_X_BYTES[kind]))) for line in lines]
-        theirs = rows(s, s_step, w_count, BLOCK)
+        own = [builder.add(line, builder.mul(whole, _I64(X_BYTES[kind]))) for line in lines]
+        theirs = addresses_of(builder, s, s_step, w_count, BLOCK)
         places = {(i, j): plus(builder, products, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
         runs = builder.udiv(builder.add(whole, _I64(RUN - 1)), _I64(RUN))
         with cgutils.for_range(builder, runs, intp=_I64) as run:
@@ -258,7 +262,7 @@ def _emit_stream(kind, together, context, builder, values):
     else:
         with cgutils.for_range(builder, whole, intp=_I64) as loop:
             multiply(loop.index, {})
-        _emit_rest(kind, builder, sums, weights, lines, whole, columns)
+        emit_rest(kind, builder, sums, weights, lines, whole, columns)
     for i in range(together):
         totals = sums.totals(i)
         with builder.if_then(builder.icmp_signed("<", _I64(i), x_count)):
@@ -270,20 +274,20 @@ def _emit_stream(kind, together, context, builder, values):
     return context.get_dummy_value()
 
 
-def _emit_rest(kind, builder, sums, weights, lines, whole, columns):
+def emit_rest(kind, builder, sums, weights, lines, whole, columns):
     """The columns after the last whole block: copied beside zeros, since nothing may be read beyond a row's end."""
-    size = _BYTES[kind] // _COLUMNS[kind]
-    rest = builder.mul(builder.sub(columns, builder.mul(whole, _I64(_COLUMNS[kind]))), _I64(size))
+    size = BYTES[kind] // COLUMNS[kind]
+    rest = builder.mul(builder.sub(columns, builder.mul(whole, _I64(COLUMNS[kind]))), _I64(size))
     with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
         places = []
         for weight in weights:
-            place = cgutils.alloca_once(builder, vector(_I8, _BYTES[kind]))
-            builder.store(ir.Constant(vector(_I8, _BYTES[kind]), None), place)
-            source = builder.inttoptr(builder.add(weight, builder.mul(whole, _I64(_BYTES[kind]))), _I8.as_pointer())
+            place = cgutils.alloca_once(builder, vector(_I8, BYTES[kind]))
+            builder.store(ir.Constant(vector(_I8, BYTES[kind]), None), place)
+            source = builder.inttoptr(builder.add(weight, builder.mul(whole, _I64(BYTES[kind]))), _I8.as_pointer())
             cgutils.raw_memcpy(builder, builder.bitcast(place, _I8.as_pointer()), source, rest, 1)
             places.append(builder.ptrtoint(place, _I64))
-        there = [builder.add(line, builder.mul(whole, _I64(_X_BYTES[kind]))) for line in lines]
-        _STEPS[kind](builder, sums, places, there, {})
+        there = [builder.add(line, builder.mul(whole, _I64(X_BYTES[kind]))) for line in lines]
+        STEPS[kind](builder, sums, places, there, {})
 
 
 def _stream(
@@ -327,49 +331,5 @@ def _stream_plain(
             floats_at(y + i * y_step + j * y_gap, 1)[0] = total
 
 
-def _emit_weighted(kind, context, builder, values):
-    v, v_step, weight, keys, out = values
-    floats, words = vector(_F32, WIDTH), vector(_I32, WIDTH)
-    zero = ir.Constant(floats, None)
-    count = CHANNEL_BLOCK // WIDTH
-    places = [cgutils.alloca_once_value(builder, zero) for _ in range(count)]
-    for place in places:
-        builder.store(zero, place)
-    with cgutils.for_range(builder, keys, intp=_I64) as loop:
-        factor = _spread(builder, load(builder, builder.add(weight, builder.mul(loop.index, _I64(4))), _F32), WIDTH)
-        row = builder.add(v, builder.mul(loop.index, v_step))
-        lines = []
-        for i in range(count if kind == FLOAT32 else count // 2):
-            loaded = load(builder, plus(builder, row, 4 * WIDTH * i), words)
-            lines += [builder.bitcast(loaded, floats)] if kind == FLOAT32 else _halves(builder, loaded)
-        for place, line in zip(places, lines, strict=True):
-            builder.store(multiply_add(builder, line, factor, builder.load(place)), place)
-    sums = [builder.load(place) for place in places]
-    if kind == BFLOAT16:  # even and odd channels, back in order
-        orders = [[i // 2 + WIDTH * (i % 2) for i in range(first, first + WIDTH)] for first in (0, WIDTH)]
-        masks = [ir.Constant(words, order) for order in orders]
-        sums = [builder.shuffle_vector(sums[i], sums[i + 1], mask) for i in range(0, count, 2) for mask in masks]
-    for i, line in enumerate(sums):
-        builder.store(line, builder.inttoptr(plus(builder, out, 4 * WIDTH * i), floats.as_pointer())).align = 4
-    return context.get_dummy_value()
-
-
-def _weighted(typing_context, kind, v, v_step, weight, keys, out):
-    """weighted(...): out[c] = sum over keys of weight[j] * v[j, c], c < CHANNEL_BLOCK; v is stored as `kind` says."""
-
-    def emit(context, builder, signature, values):
-        return _emit_weighted(kind.literal_value, context, builder, values[1:])
-
-    return types.void(kind, *[types.intp] * 5), emit
-
-
-def _weighted_plain(kind, v, v_step, weight, keys, out):
-    total = floats_at(out, CHANNEL_BLOCK)
-    total[:] = 0.0
-    for j, factor in enumerate(floats_at(weight, keys)):
-        total += factor * FLOATS[kind](v + j * v_step, CHANNEL_BLOCK)
-
-
 PRODUCTS = max(_GROUPS.values()) * RUN * max(TOGETHER) * BLOCK  # scales that are multiplied ahead, at most
 stream: Any = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
-weighted: Any = _weighted_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_weighted)

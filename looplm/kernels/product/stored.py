@@ -24,7 +24,8 @@ _SPARE = 64  # floats that a prepared row takes beyond its columns: int4 rounds 
 
 
 @njit
-def _copy_columns(at, line, columns):
+def copy_columns(at, line, columns):
+    """For float32: as it is, then zeros."""
     whole = floats_at(at, columns + WIDTH)
     for i in range(columns):
         whole[i] = line[i]
@@ -33,7 +34,8 @@ def _copy_columns(at, line, columns):
 
 
 @njit
-def _sort_columns(at, line, columns):
+def sort_columns(at, line, columns):
+    """For bfloat16: in each block the even columns, then the odd ones."""
     block = 2 * WIDTH
     whole = columns // block
     for b in range(whole):
@@ -127,9 +129,9 @@ def _multiply(kind: int) -> Routine:
             elif kind == INT4:
                 _split_columns(at, line, columns)
             elif kind == BFLOAT16:
-                _sort_columns(at, line, columns)
+                sort_columns(at, line, columns)
             else:
-                _copy_columns(at, line, columns)
+                copy_columns(at, line, columns)
         w_step, y_step, y_gap = apart * row, 4 * y_row, 4 * apart
         for n in range(apart):
             count = (last - first - n + apart - 1) // apart
