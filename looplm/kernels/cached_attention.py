@@ -43,6 +43,15 @@ def _start(plan, b):
 
 
 @njit
+def _seen(plan, row, layer, g):
+    """What a row attends to -> the first of a group's positions, counted in the cache, and how many there are."""
+    slot, b, where = _place(plan, row, layer)
+    start = _start(plan, b)
+    at = ((slot * plan[field.CACHE_BATCH] + b) * plan[field.GROUPS] + g) * plan[field.CAPACITY] + start
+    return at, where + 1 - start
+
+
+@njit
 def _turn_and_append(plan, layer, g):
     """A group's queries and keys turned by their positions; its keys and values into the cache."""
     channels, heads, groups, kind = plan[field.CHANNELS], plan[field.HEADS], plan[field.GROUPS], plan[field.CACHE_KIND]
@@ -130,6 +139,11 @@ def _attend_few(kind: int) -> Routine:
             for i in range(sums.size):
                 sums[i] = _ZERO
             run = count if per_group == 1 else SHARED_KEYS
+            slot, b, _ = _place(plan, min(row + 1, plan[field.BATCH] * plan[field.LENGTH] - 1), layer)
+            next_keys = (
+                plan[field.KEYS]
+                + (((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + _start(plan, b)) * size
+            )
             for first in range(0, count, run):
                 some = min(run, count - first)
                 for head in range(per_group):
@@ -140,7 +154,7 @@ def _attend_few(kind: int) -> Routine:
                             copy_columns(ready, line, channels)
                         else:
                             sort_columns(ready, line, channels)
-                    scored(kind, keys + first * size, size, some, ready, channels, into)
+                    scored(kind, keys + first * size, size, some, ready, channels, into, values + first * size)
             for head in range(per_group if count > 0 else 0):
                 _soften(scores + head * score_step, count, scale)
             for first in range(0, count, run):
@@ -148,8 +162,8 @@ def _attend_few(kind: int) -> Routine:
                 for head in range(per_group):
                     weight, into = scores + head * score_step + 4 * first, out + 4 * head * channels
                     for c in range(0, whole, CHANNEL_BLOCK):
-                        at = values + first * size + c * (size // channels)
-                        weighted(kind, at, size, weight, some, into + 4 * c)
+                        off = first * size + c * (size // channels)
+                        weighted(kind, values + off, size, weight, some, into + 4 * c, next_keys + off)
                     _weigh_rest(kind, values + first * size, weight, some, into, whole, channels)
         return 0
 
