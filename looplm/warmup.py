@@ -8,7 +8,7 @@ import numpy as np
 from .analysis import inspect
 from .cache import KeyValueType
 from .calibration import CalibrateConfig, Gate, fit_gate, observe
-from .config import ModelConfig
+from .compiling import SHAPE
 from .data import TextSource
 from .exits import MEASURED, ExitRule, LearnedGate, bind
 from .generation import Session
@@ -19,17 +19,6 @@ from .settings import InitConfig, TrainConfig
 from .stored import PROMPT_PRECISIONS, Format, convert
 from .training import Trainer
 from .weights import initialise
-
-SHAPE = ModelConfig(
-    hidden_size=16,
-    intermediate_size=16,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=2,
-    head_dim=8,
-    vocab_size=32,
-    total_ut_steps=2,
-)
 
 
 def compile_everything() -> Iterator[str]:

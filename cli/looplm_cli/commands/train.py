@@ -148,6 +148,7 @@ def train(
 
     [bold]looplm train shakespeare.txt --preset tiny --minutes 10[/bold]
     """
+    from looplm.compiling import compiling_beside
     from looplm.ranks import first_does
     from looplm.run_folder import new_run_path
     from looplm.settings import to_yaml
@@ -193,10 +194,12 @@ def train(
         else:
             assert resume is not None
             opened = resume_run(resume, threads or 0, ranks)
-        with opened as run:
+        if first and not quiet:
+            announce_compilation()
+        with compiling_beside(ranks.sharing) as compiled, opened as run:
             if first and not quiet:
                 say(_opening_line(run, resumed=resume is not None))
-                announce_compilation()
+            compiled()
             result = run_training(run, quiet or not first)
         if as_json and first:
             print_json(result)
