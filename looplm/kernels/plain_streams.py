@@ -6,6 +6,8 @@ import numpy as np
 from .addresses import floats_at, shorts_at, signed_bytes_at, words_at
 from .vectors import WIDTH
 
+INT4_BLOCK = 320  # bytes of x for 128 columns: upper bytes, lower bytes, what the sums begin with
+
 
 def _widened(at, count):
     return (words_at(at, count).astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -36,11 +38,11 @@ def _dot_int4(w, x, scales, columns):
     blocks = columns // 128
     stored = signed_bytes_at(w, 64 * blocks).view(np.uint8).reshape(blocks, 1, 4, 4, 4)
     codes = np.concatenate([stored & 15, stored >> 4], axis=1).astype(np.int32)  # block, half, place, group, column
-    parts = signed_bytes_at(x, 320 * blocks).reshape(blocks, 5, 64)  # upper bytes twice, lower twice, starts
+    parts = signed_bytes_at(x, INT4_BLOCK * blocks).reshape(blocks, 5, 64)  # upper bytes twice, lower twice, starts
     numbers = (256 * parts[:, :2].astype(np.int32) + parts[:, 2:4]).reshape(codes.shape)
     starts = parts[:, 4].copy().view(np.int32)
     sums = (codes * numbers).sum(axis=(1, 2, 4)) + starts.reshape(blocks, 4, 4).sum(axis=1)
-    return sums.reshape(-1).astype(np.float32) @ _scales(x + 320 * blocks, scales, 4 * blocks)
+    return sums.reshape(-1).astype(np.float32) @ _scales(x + INT4_BLOCK * blocks, scales, 4 * blocks)
 
 
 FLOATS = (floats_at, _widened)

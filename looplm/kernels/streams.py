@@ -24,7 +24,7 @@ from numba.extending import intrinsic
 from .addresses import floats_at
 from .emission import constant, declared, fetch, load, multiply_add, plus, vector
 from .jit import JIT_DISABLED, features
-from .plain_streams import DOTS
+from .plain_streams import DOTS, INT4_BLOCK
 from .vectors import LANES, WHOLE_LINES, WIDTH, _spread
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
@@ -36,7 +36,6 @@ _F32, _I8, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(16), ir.
 # A block of columns: how many, bytes of a weight row, bytes of a row of x.
 COLUMNS = {FLOAT32: WIDTH, BFLOAT16: 2 * WIDTH, INT8: 64, INT4: 128}
 BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 4 * WIDTH, INT8: 64, INT4: 64}
-INT4_BLOCK = 320  # bytes of x for 128 columns: upper bytes, lower bytes, what the sums begin with
 X_BYTES = {FLOAT32: 4 * WIDTH, BFLOAT16: 8 * WIDTH, INT8: 128, INT4: INT4_BLOCK}
 _GROUPS = {INT8: 1, INT4: 4}  # scales of a block of columns
 _CODES = 2 * LANES

@@ -9,7 +9,8 @@ import numpy as np
 from ..addresses import floats_at, ints_at, shorts_at, signed_bytes_at
 from ..intrinsics import round32
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, INT4, INT4_BLOCK, INT8, PRODUCTS, TOGETHER, stream
+from ..plain_streams import INT4_BLOCK
+from ..streams import BFLOAT16, BLOCK, INT4, INT8, PRODUCTS, TOGETHER, stream
 from ..vectors import LANES, WIDTH
 from .widened import group_size, padded, row_bytes, wide_scratch_size
 
