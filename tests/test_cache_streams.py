@@ -100,3 +100,14 @@ def test_queries_of_a_group_share_long_keys(kv_dtype: Any, heads: int, monkeypat
     expected = forward(weights, ids).hidden
     rounded = 0.1  # by five loops of a random model; 1 and more where a block of keys is missed
     assert relative_error(found, expected) < (1e-5 if kv_dtype == "float32" else rounded)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_left_padding_sees_nothing_and_is_not_seen(groups: int) -> None:
+    weights = random_weights(dataclasses.replace(CONFIG, num_key_value_heads=groups))
+    ids, start = random_ids(3, 12), np.array([0, 4, 7])
+    session = Session(weights, batch=3, start=start)
+    found = np.concatenate([session.feed(ids[:, s : s + 1]).hidden for s in range(12)], axis=2)
+    for row, first in enumerate(start):
+        alone = forward(weights, ids[row : row + 1, first:]).hidden[:, 0]
+        assert relative_error(found[:, row, first:], alone) < 1e-5

@@ -128,22 +128,17 @@ def _attend_few(kind: int) -> Routine:
         scores, score_step = own + plan[field.SCORES], plan[field.SCORE_STEP]
         scale, whole = np.float32(1.0 / np.sqrt(channels)), channels // CHANNEL_BLOCK * CHANNEL_BLOCK
         _turn_and_append(plan, layer, g)
-        for row in range(plan[field.BATCH] * plan[field.LENGTH]):
-            slot, b, where = _place(plan, row, layer)
-            start = _start(plan, b)
-            place = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + start
-            keys, values, count = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size, where + 1 - start
+        rows = plan[field.BATCH] * plan[field.LENGTH]
+        for row in range(rows):
+            at, count = _seen(plan, row, layer, g)
+            keys, values = plan[field.KEYS] + at * size, plan[field.VALUES] + at * size
+            next_keys = plan[field.KEYS] + _seen(plan, min(row + 1, rows - 1), layer, g)[0] * size
             query = plan[field.QKV] + 4 * channels * (row * total + g * per_group)
             out = plan[field.ATTENTION] + 4 * channels * (row * heads + g * per_group)
             sums = floats_at(out, per_group * channels)
             for i in range(sums.size):
                 sums[i] = _ZERO
-            run = count if per_group == 1 else SHARED_KEYS
-            slot, b, _ = _place(plan, min(row + 1, plan[field.BATCH] * plan[field.LENGTH] - 1), layer)
-            next_keys = (
-                plan[field.KEYS]
-                + (((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + _start(plan, b)) * size
-            )
+            run = SHARED_KEYS if per_group > 1 else max(1, count)  # left padding sees nothing
             for first in range(0, count, run):
                 some = min(run, count - first)
                 for head in range(per_group):
