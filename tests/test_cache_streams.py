@@ -98,7 +98,7 @@ def test_queries_of_a_group_share_long_keys(kv_dtype: Any, heads: int, monkeypat
     ids = random_ids(1, length)
     found = Session(weights, kv_dtype=kv_dtype).feed(ids).hidden
     expected = forward(weights, ids).hidden
-    rounded = 0.1  # by five loops of a random model; 1 and more where a block of keys is missed
+    rounded = 0.1  # what five loops of a random model make of it
     assert relative_error(found, expected) < (1e-5 if kv_dtype == "float32" else rounded)
 
 

@@ -43,12 +43,17 @@ def _start(plan, b):
 
 
 @njit
+def _line(plan, slot, b, g, position):
+    """The number of a position's keys (or values) among all that the cache has room for."""
+    return ((slot * plan[field.CACHE_BATCH] + b) * plan[field.GROUPS] + g) * plan[field.CAPACITY] + position
+
+
+@njit
 def _seen(plan, row, layer, g):
     """What a row attends to -> the first of a group's positions, counted in the cache, and how many there are."""
     slot, b, where = _place(plan, row, layer)
     start = _start(plan, b)
-    at = ((slot * plan[field.CACHE_BATCH] + b) * plan[field.GROUPS] + g) * plan[field.CAPACITY] + start
-    return at, where + 1 - start
+    return _line(plan, slot, b, g, start), where + 1 - start
 
 
 @njit
@@ -65,7 +70,7 @@ def _turn_and_append(plan, layer, g):
         for head in range(g * per_group, (g + 1) * per_group):
             turn_head(qkv, at + head * channels, half, cos, sin, angle, _ONE)
         turn_head(qkv, at + (heads + g) * channels, half, cos, sin, angle, _ONE)
-        place = (((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY] + where) * channels
+        place = _line(plan, slot, b, g, where) * channels
         _append(kind, plan[field.KEYS], place, qkv, at + (heads + g) * channels, channels)
         _append(kind, plan[field.VALUES], place, qkv, at + (heads + groups + g) * channels, channels)
 
@@ -138,7 +143,7 @@ def _attend_few(kind: int) -> Routine:
             sums = floats_at(out, per_group * channels)
             for i in range(sums.size):
                 sums[i] = _ZERO
-            run = SHARED_KEYS if per_group > 1 else max(1, count)  # left padding sees nothing
+            run = SHARED_KEYS if per_group > 1 else max(1, count)  # alone, long streams are faster; count may be 0
             for first in range(0, count, run):
                 some = min(run, count - first)
                 for head in range(per_group):
@@ -182,7 +187,7 @@ def attend_many(plan_at, own, layer, g):
     _turn_and_append(plan, layer, g)
     for first in range(0, plan[field.BATCH] * length, length):
         slot, b, where = _place(plan, first, layer)
-        place, keys = ((slot * plan[field.CACHE_BATCH] + b) * groups + g) * plan[field.CAPACITY], where + length
+        place, keys = _line(plan, slot, b, g, 0), where + length
         key_floats, value_floats = plan[field.KEYS] + place * size, plan[field.VALUES] + place * size
         buffer, used = own + plan[field.SCORES], 0
         if kind == BFLOAT16:
