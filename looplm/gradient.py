@@ -28,6 +28,8 @@ from .objectives import StageOne
 from .threads import run_all, shards
 from .weights import LAYER_MATRICES, Weights, matrix_shapes, parameter_count, sections
 
+LOGIT_ROWS = 256  # at least so many positions have logits together: each such run reads and writes the head's gradient
+
 
 @dataclasses.dataclass(frozen=True)
 class GradientReport:
@@ -53,7 +55,7 @@ class Shard:
         self.dhidden = aligned_empty((loops, rows, width))
         self.dx = aligned_empty((rows, width))
         self.loss = aligned_empty((loops, rows))
-        self.logits = aligned_empty((min(rows, max(1, LOGIT_CHUNK // vocab)), vocab))
+        self.logits = aligned_empty((min(rows, max(LOGIT_ROWS, LOGIT_CHUNK // vocab)), vocab))
 
 
 def gradient_begins(config: ModelConfig, rows: int, recompute: str) -> tuple[int, int]:

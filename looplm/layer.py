@@ -17,7 +17,7 @@ from .kernels import attention, rmsnorm, rope, swiglu
 from .kernels.product import BlasProducts, Products
 from .weights import LayerWeights
 
-ROW_BLOCK = 256  # rows that pass through a chain of operations together: what one writes, the next finds in cache
+ROW_BLOCK = 512  # rows that pass through a chain of operations together: what one writes, the next finds in cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,10 +251,9 @@ def _mix_backward(
     dactivated, dgate_up = scratch.dactivated[:rows], scratch.dgate_up[:rows]
     gate_up, mid = saved.gate_up[block], _add_attention(layer, config, x, block, saved, scratch)
     rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out[block], layer.norm_4, rrms[3], False)
-    swiglu.forward_into(activated, gate_up)
-    products.accumulate_dweight(dlayer.down, dout, activated)
     products.dx_into(dactivated, dout, layer.down)
-    swiglu.backward_into(dgate_up, dactivated, gate_up)
+    swiglu.backward_into(dgate_up, activated, dactivated, gate_up)
+    products.accumulate_dweight(dlayer.down, dout, activated)
     rmsnorm.normed_into(normed, mid, layer.norm_3, rrms[2])
     products.accumulate_dweight(dlayer.gate_up, dgate_up, normed)
     products.dx_into(dout, dgate_up, layer.gate_up)

@@ -134,7 +134,7 @@ def test_both_arrangements_of_a_weight_may_take_turns_in_one_room(path: select.P
 @pytest.fixture
 def rates(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
     """Rates as if they had been measured; the file they are kept in is an empty folder's."""
-    found = {"blas": 80.0, "panels": 90.0, "pairs": 0.0}
+    found = {"blas": 80.0, "panels": 90.0, "pairs": 0.0, "tiles": 0.0}
     monkeypatch.setattr(select, "_measure", lambda paths: dict(found))
     monkeypatch.setattr(select, "cache_folder", lambda: str(tmp_path))
     return found

@@ -8,12 +8,13 @@ A few queries at a time (decoding) take a kernel of their own, where packing wou
 import numpy as np
 
 from ..arrays import Floats, Ints
-from .intrinsics import exp32
+from .intrinsics import exp32, larger32
 from .jit import njit
 from .vectors import TILE_COLUMNS, TILE_ROWS, scale_eight, scale_one, tile, transpose_eight
 
 QUERY_BLOCK = 48  # queries whose scores are alive at once: a multiple of every tile's rows
 FEW_QUERIES = 4  # up to so many, the one-call kernel wins
+SCORE_RUN = 64  # scores of a row are taken in whole runs: what a vector loop leaves over would go one by one
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _LOWEST = np.float32(-3.0e38)
@@ -107,6 +108,15 @@ def _products(into, stride, left, width, channels, panels, count, rows, diagonal
 
 
 @njit
+def _hide(row, first_key, last, end):
+    """Scores of keys that a query does not see, up to `end`: so low that nothing is left of them."""
+    for j in range(first_key):
+        row[j] = _LOWEST
+    for j in range(last + 1, end):
+        row[j] = _LOWEST
+
+
+@njit
 def _weighted(into, width, weight, stride, panels, padded_keys, count, rows, diagonal):
     """into[i] = sum of weight[i, j] * row j of the panels over the keys that the tile sees."""
     for i in range(0, rows, TILE_ROWS):
@@ -163,12 +173,11 @@ def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
                 lse[begin + i] = _ZERO
                 q_rows[i] = _ZERO
                 continue
-            row[:first_key] = _ZERO
-            row[last + 1 : tile_end] = _ZERO
-            seen = row[first_key : last + 1]
+            seen = row[: _up(tile_end, SCORE_RUN)]
+            _hide(seen, first_key, last, seen.size)
             highest = _LOWEST
             for j in range(seen.size):
-                highest = max(highest, seen[j])
+                highest = larger32(highest, seen[j])
             total = _ZERO
             for j in range(seen.size):
                 weight = exp32(seen[j] - highest)
@@ -229,18 +238,17 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
                     _products(dscores, stride, dy_rows, padded_channels, channels, value_columns, keys, rows, diagonal)
                     for i in range(rows):
                         p, d = prob[i * stride : (i + 1) * stride], dscores[i * stride : (i + 1) * stride]
-                        last = diagonal + i
-                        block_end = min(diagonal + rows, keys) + TILE_ROWS
-                        seen = max(last + 1, first_key)
-                        p[:first_key] = _ZERO
-                        d[:first_key] = _ZERO
-                        p[seen:block_end] = _ZERO
-                        d[seen:block_end] = _ZERO
+                        last, block_end = diagonal + i, min(diagonal + rows, keys) + TILE_ROWS
+                        run = _up(last + 1, SCORE_RUN) if last >= first_key else 0
+                        p[run:block_end] = _ZERO
+                        d[run:block_end] = _ZERO
+                        _hide(p, min(first_key, run), last, run)
+                        d[last + 1 : run] = _ZERO
                         dot, shift = _ZERO, lse[b, begin + i, head]
                         dy_row, y_row = dy[b, begin + i, head], y[b, begin + i, head]
                         for c in range(channels):
                             dot += dy_row[c] * y_row[c]
-                        p, d = p[first_key:seen], d[first_key:seen]
+                        p, d = p[:run], d[:run]
                         for j in range(p.size):
                             weight = exp32(p[j] - shift)
                             p[j] = weight
@@ -276,7 +284,7 @@ def _attend_few(y, lse, q, k, v, keys, start, scores):
                         dot += query[i] * key[i]
                     dot *= scale
                     scores[j] = dot
-                    highest = max(highest, dot)
+                    highest = larger32(highest, dot)
                 total = _ZERO
                 for j in range(start[b], last + 1):
                     weight, value = exp32(scores[j] - highest), v[b, j, group]

@@ -3,7 +3,7 @@
 import numpy as np
 
 from ..arrays import Floats, Ints
-from .intrinsics import exp32
+from .intrinsics import exp32, larger32
 from .jit import njit
 
 _ZERO = np.float32(0.0)
@@ -15,7 +15,7 @@ def loss_into(loss, lse, logits, target):
         values = logits[row]
         highest = values[0]
         for i in range(values.size):
-            highest = max(highest, values[i])
+            highest = larger32(highest, values[i])
         total = _ZERO
         for i in range(values.size):
             total += exp32(values[i] - highest)
@@ -37,7 +37,7 @@ def loss_and_gradient_in_place(loss, logits, dloss, target):
             continue
         highest, wanted = values[0], values[target[row]]
         for i in range(values.size):
-            highest = max(highest, values[i])
+            highest = larger32(highest, values[i])
         total = _ZERO
         for i in range(values.size):
             weight = exp32(values[i] - highest)

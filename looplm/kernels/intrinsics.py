@@ -39,6 +39,14 @@ def _round(typing_context, x):
 
 
 @intrinsic
+def _larger(typing_context, a, b):
+    def generate(context, builder, signature, values):
+        return builder.call(_external(builder, "llvm.maximum.f32", 2), values, fastmath=("nsz",))
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@intrinsic
 def _times_power_of_two(typing_context, x, n):
     def generate(context, builder, signature, values):
         exponent = builder.shl(builder.add(builder.fptosi(values[1], _I32), _I32(127)), _I32(23))
@@ -52,13 +60,14 @@ if JIT_DISABLED:  # plain Python twins, so that the kernels also run uncompiled
     def _fma(a, b, c):
         return np.float32(np.float64(a) * np.float64(b) + np.float64(c))
 
-    _round = np.rint
+    _round, _larger = np.rint, np.maximum
 
     def _times_power_of_two(x, n):
         return x if np.isnan(x) else np.float32(np.ldexp(x, int(n)))
 
 
 round32: Any = _round  # to the nearest integer, ties to even
+larger32: Any = _larger  # NaN if one is: Python's max, which may lose one, keeps a loop from using vectors
 
 _LOG2_E = np.float32(1.4426950408889634)
 _MINUS_LN2_HIGH, _MINUS_LN2_LOW = np.float32(-0.693359375), np.float32(2.12194440e-4)

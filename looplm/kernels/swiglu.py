@@ -23,15 +23,18 @@ def forward_into(y, gate_up):
 
 
 @njit
-def backward_into(dgate_up, dy, gate_up):
+def backward_into(dgate_up, y, dy, gate_up):
+    """Overwrites dgate_up, and y with the forward's output: the same exponentials serve both."""
     half = dy.shape[1]
     for row in range(dy.shape[0]):
-        gate, up, d = gate_up[row, :half], gate_up[row, half:], dy[row]
+        gate, up, d, out = gate_up[row, :half], gate_up[row, half:], dy[row], y[row]
         dgate, dup = dgate_up[row, :half], dgate_up[row, half:]
         for i in range(half):
             sigma = _ONE / (_ONE + exp32(-gate[i]))
+            silu = gate[i] * sigma
+            out[i] = silu * up[i]
             dgate[i] = d[i] * up[i] * sigma * (_ONE + gate[i] * (_ONE - sigma))
-            dup[i] = d[i] * gate[i] * sigma
+            dup[i] = d[i] * silu
 
 
 def _side_by_side(gate: Floats, up: Floats) -> Floats:
@@ -46,7 +49,7 @@ def swiglu_forward(gate: Floats, up: Floats) -> tuple[Floats]:
 
 def swiglu_backward(dy: Floats, gate: Floats, up: Floats) -> tuple[Floats, Floats]:
     gate_up = _side_by_side(gate, up)
-    dgate_up = np.empty_like(gate_up)
-    backward_into(dgate_up, dy.reshape(-1, dy.shape[-1]), gate_up)
+    dgate_up, rows = np.empty_like(gate_up), dy.reshape(-1, dy.shape[-1])
+    backward_into(dgate_up, np.empty_like(rows), rows, gate_up)
     dgate, dup = np.split(dgate_up, 2, axis=1)
     return dgate.reshape(gate.shape).copy(), dup.reshape(up.shape).copy()

@@ -281,6 +281,26 @@ def _turn(count):
     return plain if JIT_DISABLED else intrinsic(typed)
 
 
+def _fetch_line(written):
+    """fetch(array, at): ask for the cache line of array[at], which is read soon, or read and written."""
+
+    def typed(typing_context, array, at):
+        def emit(context, builder, signature, values):
+            place = builder.bitcast(_pointer(context, builder, signature.args[0], *values), ir.IntType(8).as_pointer())
+            kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
+            name = "llvm.prefetch.p0"
+            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+            builder.call(function, [place, _I32(1 if written else 0), _I32(3 if written else 2), _I32(1)])
+            return context.get_dummy_value()
+
+        return types.void(array, types.intp), emit
+
+    def plain(array, at):
+        pass
+
+    return plain if JIT_DISABLED else intrinsic(typed)
+
+
 # Each stage of an 8 x 8 transpose: how two lines that meet are interleaved, first and second half.
 _INTERLEAVE = {
     "pairs": ([0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]),
@@ -328,4 +348,5 @@ tile, tile_of_one_row = _tile(TILE_ROWS), _tile(1)
 move_eight, scale_eight, scale_one = _copy(8, False), _copy(8, True), _copy(1, True)
 turn_eight, turn_one = _turn(8), _turn(1)
 pair_eight, pair_one, pair_neighbours = _pair(8), _pair(1), _pair(8, neighbours=True)
+fetch_to_read, fetch_to_write = _fetch_line(False), _fetch_line(True)
 transpose_eight: Any = _transpose_eight_plain if JIT_DISABLED else intrinsic(_transpose_eight)

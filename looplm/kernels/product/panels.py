@@ -14,9 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from ...arrays import Array, Floats, aligned_empty
+from ...arrays import LINE, Array, Floats, aligned_empty
 from ..jit import njit
-from ..vectors import TILE_COLUMNS, TILE_ROWS, move_eight, tile, tile_of_one_row, transpose_eight
+from ..vectors import TILE_COLUMNS, TILE_ROWS, fetch_to_write, move_eight, tile, tile_of_one_row, transpose_eight
 from . import Use
 
 ROW_BLOCK = 1 << 15  # floats of the left operand that stay in the second-level cache (128 KiB)
@@ -148,14 +148,25 @@ def _pack_left(tiles, dy, first_row, rows, first_column, columns):
 
 
 @njit
-def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate):
+def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, depth, accumulate, ahead=0):
+    """`ahead`: how far behind these the columns begin that come next, if their memory is to be asked for already."""
     whole = rows // TILE_ROWS * TILE_ROWS
     for row in range(0, whole, TILE_ROWS):
         left, into = x_at + row * x_row, y_at + row * y_row
+        if ahead:
+            fetch_tile(y, into + ahead, y_row)
         tile(x, left, x_row, 1, panels, panel_at, TILE_COLUMNS, y, into, y_row, depth, accumulate)
     for row in range(whole, rows):
         left, into = x_at + row * x_row, y_at + row * y_row
         tile_of_one_row(x, left, x_row, 1, panels, panel_at, TILE_COLUMNS, y, into, y_row, depth, accumulate)
+
+
+@njit
+def fetch_tile(c, at, row):
+    """Ask for a tile of sums ahead of its turn: a column of tiles is no stream that processors would see coming."""
+    for r in range(TILE_ROWS):
+        for j in range(0, TILE_COLUMNS, LINE):
+            fetch_to_write(c, at + r * row + j)
 
 
 @njit
@@ -170,7 +181,8 @@ def rows_times_panels(y, begin, count, x, x_at, depth, run, panels, edge):
         length, left, more = min(run, depth - k), x_at + k, 1 if k else 0
         for p in range(full):
             y_at, panel_at = begin * columns + p * TILE_COLUMNS, (p * depth + k) * TILE_COLUMNS
-            rows_times_panel(flat, y_at, columns, x, left, depth, count, panels, panel_at, length, more)
+            ahead = TILE_COLUMNS if p + 1 < full else 0
+            rows_times_panel(flat, y_at, columns, x, left, depth, count, panels, panel_at, length, more, ahead)
         if part:
             panel_at = (full * depth + k) * TILE_COLUMNS
             rows_times_panel(edge, 0, TILE_COLUMNS, x, left, depth, count, panels, panel_at, length, more)
@@ -200,6 +212,8 @@ def add_tiles(dweight, first, width, tiles, panels, depth, spare, edge):
             right = column // TILE_COLUMNS * depth * TILE_COLUMNS
             if column + TILE_COLUMNS <= columns and row + TILE_ROWS <= width:
                 into = top * columns + column
+                if column + 2 * TILE_COLUMNS <= columns:
+                    fetch_tile(flat, into + TILE_COLUMNS, columns)
                 tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, flat, into, columns, depth, 1)
                 continue
             tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, edge, 0, TILE_COLUMNS, depth, 0)

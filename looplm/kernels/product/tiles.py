@@ -17,6 +17,7 @@ import numpy as np
 from ...arrays import Floats, aligned_empty
 from ..amx import SIDE, begin_tiles, dot_tiles, end_tiles, load_tile, store_tile, tile_state, zero_tile
 from ..jit import njit
+from ..vectors import fetch_to_read, fetch_to_write
 from .packing import PackedWords, depth_of, empty_words, pack_right, pack_rows_of_transpose, pair_rows
 
 BLOCK = 2 * SIDE  # rows, and columns, of the sums that the registers hold
@@ -95,6 +96,21 @@ def _multiply_block(state, c, c_at, c_row, a, a_at, a_row, b, b_at, depth, accum
 
 
 @njit
+def _fetch_block(c, at, row):
+    """Ask for a block of sums ahead of its turn: a column of blocks is no stream that processors would see coming."""
+    for r in range(BLOCK):
+        fetch_to_write(c, at + r * row)
+        fetch_to_write(c, at + r * row + SIDE)
+
+
+@njit
+def _fetch_panel(panels, begin, length, part, parts):
+    """Ask for one of `parts` of what is multiplied next, while the others are asked for at the other blocks of rows."""
+    for at in range(length * part // parts * BLOCK, length * (part + 1) // parts * BLOCK, SIDE):
+        fetch_to_read(panels, begin + at)
+
+
+@njit
 def _multiply(y, x, panels, words, edge, state):
     """y: MN = x: MK times panels."""
     rows, columns = y.shape
@@ -113,6 +129,9 @@ def _multiply(y, x, panels, words, edge, state):
                     left, right, into = row * depth, column * depth, (begin + row) * columns + column
                     if row + BLOCK <= count and column + BLOCK <= columns:
                         at = right + k * BLOCK
+                        if column + 2 * BLOCK <= columns:
+                            _fetch_block(flat, into + BLOCK, columns)
+                            _fetch_panel(panels, at + depth * BLOCK, length, row // BLOCK, count // BLOCK)
                         _multiply_block(state, flat, into, columns, words, left + k, depth, panels, at, length, k > 0)
                     elif k == 0:
                         _multiply_block(state, edge, 0, BLOCK, words, left, depth, panels, right, depth, False)
@@ -141,6 +160,8 @@ def _accumulate_outer(dweight, dy, x, left, lines, panels, edge, state):
                     top, right = row * depth, column * depth
                     into = (first + row) * columns + column
                     if row + BLOCK <= width and column + BLOCK <= columns:
+                        if column + 2 * BLOCK <= columns:
+                            _fetch_block(flat, into + BLOCK, columns)
                         _multiply_block(state, flat, into, columns, left, top, depth, panels, right, depth, True)
                         continue
                     _multiply_block(state, edge, 0, BLOCK, left, top, depth, panels, right, depth, False)
