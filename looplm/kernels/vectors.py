@@ -38,6 +38,7 @@ WIDTH, TILE_ROWS = _registers()
 TILE_COLUMNS = WIDTH * _VECTORS
 WHOLE_LINES = "avx512vnni" in features()  # integers are multiplied 64 bytes at a time, else 32
 LANES = 16 if WHOLE_LINES else 8  # sums of integers at once
+PAIR_WORDS = max(8, WIDTH)  # words of two bfloat16 numbers that are made at once
 
 
 class _Bfloat(ir.Type):
@@ -347,6 +348,6 @@ PAIR_EMISSION = "dot" if "avx512bf16" in features() else "pairs"
 tile, tile_of_one_row = _tile(TILE_ROWS), _tile(1)
 move_eight, scale_eight, scale_one = _copy(8, False), _copy(8, True), _copy(1, True)
 turn_eight, turn_one = _turn(8), _turn(1)
-pair_eight, pair_one, pair_neighbours = _pair(8), _pair(1), _pair(8, neighbours=True)
+pair_words, pair_one, pair_neighbours = _pair(PAIR_WORDS), _pair(1), _pair(PAIR_WORDS, neighbours=True)
 fetch_to_read, fetch_to_write = _fetch_line(False), _fetch_line(True)
 transpose_eight: Any = _transpose_eight_plain if JIT_DISABLED else intrinsic(_transpose_eight)

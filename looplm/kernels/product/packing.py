@@ -11,7 +11,7 @@ import numpy as np
 
 from ...arrays import Array, Floats, aligned_empty
 from ..jit import njit
-from ..vectors import pair_eight, pair_neighbours, pair_one, transpose_eight
+from ..vectors import PAIR_WORDS, pair_neighbours, pair_one, pair_words, transpose_eight
 from . import Use
 from .panels import arranged_for, two_rooms
 
@@ -63,9 +63,10 @@ class PackedWords:
 @njit
 def pair_lines(words, at, source, first_at, second_at, count, alone):
     """`count` words of two lines; `alone`: there is no second line, its half is zero."""
-    for j in range(0, count - 7, 8):
-        pair_eight(words, at + j, source, first_at + j, second_at + j)
-    for j in range(count // 8 * 8, count):
+    whole = count // PAIR_WORDS * PAIR_WORDS
+    for j in range(0, whole, PAIR_WORDS):
+        pair_words(words, at + j, source, first_at + j, second_at + j)
+    for j in range(whole, count):
         pair_one(words, at + j, source, first_at + j, second_at + j)
     if alone:
         for j in range(count):
@@ -76,25 +77,34 @@ def pair_lines(words, at, source, first_at, second_at, count, alone):
 def pair_rows(words, x, begin, rows, depth):
     """words: rows x depth from rows of x: MK."""
     flat, width = x.reshape(-1), x.shape[1]
-    half, whole = (width + 1) // 2, width // 16 * 8
+    half, whole = (width + 1) // 2, width // (2 * PAIR_WORDS) * PAIR_WORDS
     for row in range(rows):
         at, source = row * depth, (begin + row) * width
-        for k in range(0, whole, 8):
+        for k in range(0, whole, PAIR_WORDS):
             pair_neighbours(words, at + k, flat, source + 2 * k)
         for k in range(whole, half):
             alone = 2 * k + 1 == width
             pair_lines(words, at + k, flat, source + 2 * k, source + 2 * k + (0 if alone else 1), 1, alone)
-        words[at + half : at + depth] = _ZERO
+        for k in range(half, depth):
+            words[at + k] = _ZERO
 
 
 @njit
 def pack_right(panels, x, first_row, rows, columns, depth):
-    """panels: depth x columns words, one after the other: panel p holds columns p * `columns` and on of rows of x."""
+    """panels: depth x columns words, one after the other: panel p holds columns p * `columns` and on of rows of x.
+
+    `columns` is a multiple of PAIR_WORDS.
+    """
     flat, width = x.reshape(-1), x.shape[1]
     half = (rows + 1) // 2
     for first in range(0, width, columns):
         count = min(columns, width - first)
-        for m in range(half):
+        whole = rows // 2 if count == columns else 0
+        for m in range(whole):  # most of it, and nothing else: every other loop costs as much, even an empty one
+            at, source = first * depth + m * columns, (first_row + 2 * m) * width + first
+            for j in range(0, columns, PAIR_WORDS):
+                pair_words(panels, at + j, flat, source + j, source + j + width)
+        for m in range(whole, half):
             at, source = first * depth + m * columns, (first_row + 2 * m) * width + first
             alone = 2 * m + 1 == rows
             pair_lines(panels, at, flat, source, source if alone else source + width, count, alone)
@@ -132,6 +142,7 @@ def pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, colum
                 continue
             source, alone = (first_row + row) * width + first_column, row + 1 == rows
             pair_lines(lines, i * room, flat, source, source if alone else source + width, columns, alone)
-            lines[i * room + columns : (i + 1) * room] = _ZERO
+            for j in range(columns, room):
+                lines[i * room + j] = _ZERO
         for j in range(0, columns, 8):
             transpose_eight(words, j * depth + k, depth, lines, j, room)
