@@ -12,12 +12,14 @@ from looplm.stored import FORMATS
 
 # A side of any kind: its rates depend on what it is told to be.
 FAKE = """
-import json, sys
+import json, os, sys
 from benchmarks.side_by_side import BenchmarkError, serve
 said = " ".join(sys.argv)
 kind = next((k for k in ("--read-bytes", "fp32", "bf16", "q8_0", "--format") if k in said), "")
 if kind == "q8_0" and "missing" in said:
     raise SystemExit("No module named 'llama_cpp'")
+if kind == "q8_0" and "amx" in said and "--no-repack" not in said:
+    os.abort()
 known = {"--read-bytes": [10.0] * 3, "fp32": [2.0] * 3, "bf16": [4.0, 5.0, 10.0], "q8_0": [5.0] * 3}
 rates = iter(known.get(kind, [20.0] * 99))
 prefill = {"fp32": 9.0, "bf16": 11.0} if kind == "--format" else 7.0
@@ -55,6 +57,18 @@ def test_it_does_without_llama_cpp(tmp_path: pathlib.Path, capsys: pytest.Captur
     found = report(tmp_path, capsys, "--llama-python", sys.executable, "--dir", "missing")
     assert found["ratio_llama_cpp"] is None
     assert found["ratio_torch"] is not None
+
+
+def test_a_llama_cpp_that_ends_is_tried_with_plain_weights(
+    tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ran(*given: str) -> list[str]:
+        found = report(tmp_path, capsys, "--llama-python", sys.executable, *given)
+        assert found["ratio_llama_cpp"]["median"] == 4.0
+        return [name for name in found["rivals"] if name.startswith("llama")]
+
+    assert ran() == ["llama.cpp q8_0"]
+    assert ran("--dir", "amx") == ["llama.cpp q8_0 --no-repack"]
 
 
 @pytest.mark.parametrize("name", FORMATS)
