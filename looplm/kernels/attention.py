@@ -14,7 +14,8 @@ from .vectors import TILE_COLUMNS, TILE_ROWS, scale_eight, scale_one, tile, tran
 
 QUERY_BLOCK = 48  # queries whose scores are alive at once: a multiple of every tile's rows
 FEW_QUERIES = 4  # up to so many, the one-call kernel wins
-SCORE_RUN = 64  # scores of a row are taken in whole runs: what a vector loop leaves over would go one by one
+# Scores of a row are taken in whole runs: what a vector loop leaves over would go one by one.  A row has room for them.
+SCORE_RUN = 2 * TILE_COLUMNS
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _LOWEST = np.float32(-3.0e38)
