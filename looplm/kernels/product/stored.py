@@ -21,9 +21,9 @@ from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, ti
 from .widened import group_size, padded, row_bytes, wide_scratch_size
 
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
-# Whether few rows with bfloat16 weights go through tile registers, too.  Six layers of width 256, by turns on two cores
-# that others used as well: 16 texts at once had 1.2 to 1.6 times the tokens per second, one text 0.6 to 0.8 times.  One
-# way must serve both, since a row must come out the same in any company.
+# Whether few rows with bfloat16 weights go through tile registers, too.  Six layers of width 256, by turns on an idle
+# machine: 16 texts at once had 1.3 times the tokens per second with one thread, 1.04 with two; one text 0.8 and 0.54.
+# One way must serve both, since a row must come out the same in any company.
 TILES_FOR_FEW = False
 
 _ZERO, _MOST = np.float32(0.0), np.float32(127 * 256 + 127)  # whose high byte is one, too
