@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from benchmarks.side_by_side import DECODE_CONFIGS, LOOPS, Answer, peak_mib, serve
-from looplm.arrays import Floats, aligned_empty
+from looplm.arrays import Array, Floats, aligned_empty
 from looplm.config import ModelConfig
 from looplm.generation import Session
 from looplm.kernels.jit import njit
@@ -67,10 +67,15 @@ def random_weights(config: ModelConfig, chosen: str) -> StoredWeights:
             )
         else:
             kind = kind or "bfloat16"
-            matrices[parameter.name] = StoredMatrix(
-                kind, shape, np.resize(floats if kind == "float32" else words, shape)
-            )
+            matrices[parameter.name] = StoredMatrix(kind, shape, aligned(floats if kind == "float32" else words, shape))
     return StoredWeights(config, matrices, others)
+
+
+def aligned(numbers: Array, shape: tuple[int, int]) -> Array:
+    """Numbers over and over, from a cache line on, as tensors lie in a file that this project wrote."""
+    made = aligned_empty((-(-shape[0] * shape[1] * numbers.itemsize // 4),)).view(numbers.dtype)[: shape[0] * shape[1]]
+    made[:] = np.resize(numbers, made.shape)
+    return made.reshape(shape)
 
 
 class Decoding:

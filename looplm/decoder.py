@@ -11,7 +11,7 @@ from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
 from .kernels.cached_attention import attend_few, attend_many, score_size
 from .kernels.decoding import PHASES
-from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
+from .kernels.product.stored import FEW_ROWS, multiply, multiply_many, prepared_size, row_size, scratch_size
 from .kernels.product.widened import multiply_wide, multiply_wide_pairs
 from .kernels.rope import rope_tables
 from .model_files import EMBEDDING
@@ -22,6 +22,7 @@ LINE = 16  # floats in a cache line
 ITEM_BYTES = 1 << 15  # weights that a thread takes at once, at least: a microsecond or two
 MOST_ITEMS = 2  # of a product, for each thread: more are shorter streams, which memory is slower to follow
 FEW_UNIT, WIDE_UNIT = 16, 256  # outputs are taken in multiples of it, for a few rows and for many
+TILED_UNIT = 32  # for many rows in tile registers
 
 
 class Decoder:
@@ -42,7 +43,7 @@ class Decoder:
         self._point(PLACES=self._places)
         self._set_model()
         self._set_shared_buffers()
-        self._division = [self._divided(wide) for wide in (False, True)]
+        self._way = ""  # how products are made: "few" rows, "many", or many "rounded"
         self.cache_moved()
 
     def place(self, cache_rows: Ints | int, positions: Ints | int, rows: int = 1) -> None:
@@ -81,17 +82,31 @@ class Decoder:
         return found
 
     def _run(self, rows: int) -> None:
-        wide, loop = rows > FEW_ROWS, self._plan[field.COMMAND] == field.RUN_LOOP
-        if wide:  # not compiled before it is needed
-            pairs = loop and self._weights.prompt_precision == "bf16"
-            self._plan[field.MULTIPLY_WIDE] = (multiply_wide_pairs if pairs else multiply_wide).address
+        loop = self._plan[field.COMMAND] == field.RUN_LOOP
+        way = "few" if rows <= FEW_ROWS else "rounded" if loop and self._weights.prompt_precision == "bf16" else "many"
+        if way != self._way:
+            self._go(way)
+            self._way = way
         self._plan[field.PHASE_COUNT] = PHASES * self._weights.config.num_hidden_layers if loop else 1
-        self._plan[field.UNIT : field.HEAD_ITEMS + 1] = self._division[wide]
         self._team.run(self._plan)
 
-    def _divided(self, wide: bool) -> Ints:
+    def _go(self, way: str) -> None:
+        """Set the routines of products, compiled when they are first needed, and how work is divided."""
+        self._plan[field.PREPARED_KINDS] = 0
+        for kind in self._kinds:
+            routine = multiply[kind] if way == "few" else multiply_many(kind, way == "rounded")
+            if routine is None:
+                self._plan[field.MULTIPLY_WIDE] = (multiply_wide_pairs if way == "rounded" else multiply_wide).address
+            else:
+                self._plan[field.MULTIPLY + kind] = routine.address
+                self._plan[field.PREPARED_KINDS] |= 1 << kind
+        tiled = self._plan[field.PREPARED_KINDS] == sum(1 << kind for kind in self._kinds)
+        unit = FEW_UNIT if way == "few" else TILED_UNIT if tiled else WIDE_UNIT
+        self._plan[field.UNIT : field.HEAD_ITEMS + 1] = self._divided(unit)
+
+    def _divided(self, unit: int) -> Ints:
         """How many outputs make a unit, and how many items the phases of a layer and the head are divided into."""
-        config, unit, threads = self._weights.config, WIDE_UNIT if wide else FEW_UNIT, self._team.threads
+        config, threads = self._weights.config, self._team.threads
         matrices = [self._weights.matrices[f"model.layers.0.{LAYER_PARTS[i]}.weight"] for i in (3, 4, 6)]
         items = []
         for matrix in (*matrices, self._weights.head):
@@ -127,8 +142,7 @@ class Decoder:
             VOCABULARY=config.vocab_size,
         )
         kinds = {matrix.plan[0] for name, matrix in weights.matrices.items() if name != EMBEDDING}
-        for kind in kinds | {weights.head.plan[0]}:
-            self._plan[field.MULTIPLY + kind] = multiply[kind].address
+        self._kinds = kinds | {weights.head.plan[0]}
         self._point(
             NORM=weights.norm, GATE_WEIGHT=weights.gate_weight, GATE_BIAS=weights.gate_bias, CONSTANTS=self._constants
         )
@@ -150,7 +164,7 @@ class Decoder:
         self._shared = {
             "STATE": aligned_empty((rows, config.hidden_size)),
             "NORMED": aligned_empty((rows, config.hidden_size)),
-            "PREPARED": aligned_empty((len(multiply), prepared_size(longest, FEW_ROWS))),
+            "PREPARED": aligned_empty((len(multiply), prepared_size(longest, max(rows, FEW_ROWS)))),
             "QKV": aligned_empty((rows, query + 2 * key_value)),
             "ATTENTION": aligned_empty((rows, query)),
             "BRANCH": aligned_empty((rows, config.hidden_size)),
@@ -168,7 +182,7 @@ class Decoder:
         scores = max(per_group * score_size(keys), forward_buffer_size(keys, channels) + 2 * keys * channels)
         sizes = {
             "SCRATCH": scratch_size(longest),
-            "QUERIES": prepared_size(channels, per_group),
+            "QUERIES": per_group * row_size(channels),
             "SCORES": scores,
             "LSE": rows * per_group,
         }
@@ -178,5 +192,5 @@ class Decoder:
             at += -(-size // LINE) * LINE
         self._own = aligned_empty((self._team.threads, at))
         self._point(OWN=self._own)
-        steps = {"QUERY_STEP": 4 * prepared_size(channels, 1), "SCORE_STEP": 4 * score_size(keys)}
+        steps = {"QUERY_STEP": 4 * row_size(channels), "SCORE_STEP": 4 * score_size(keys)}
         self._set(OWN_STEP=4 * at, SCORES_SIZE=scores, **steps)

@@ -13,7 +13,7 @@ import numpy as np
 from .arrays import Array, Floats, Ints, aligned_empty
 from .config import ModelConfig
 from .errors import CheckpointError
-from .kernels.product.stored import FEW_ROWS, multiply, prepared_size, scratch_size
+from .kernels.product.stored import FEW_ROWS, multiply, multiply_many, prepared_size, scratch_size
 from .kernels.product.widened import multiply_wide, widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
@@ -79,18 +79,19 @@ class StoredMatrix:
         """x times the transpose.  x: MK (contiguous) -> y: MN"""
         (kind, *at), (rows, columns) = self.plan, x.shape
         y = np.empty((rows, self.shape[0]), np.float32)
+        routine = multiply[kind] if rows <= FEW_ROWS else multiply_many(kind, rounded=False)
 
         def work(share: slice) -> None:
             prepared, scratch = (
-                aligned_empty((prepared_size(columns, min(rows, FEW_ROWS)),)),
+                aligned_empty((prepared_size(columns, rows),)),
                 aligned_empty((scratch_size(columns),)),
             )
             out, ready, own = y.ctypes.data + 4 * share.start, prepared.ctypes.data, scratch.ctypes.data
             numbers = (*at, columns, share.start, share.stop, x.ctypes.data, columns, rows, out, self.shape[0])
-            if rows > FEW_ROWS:
+            if routine is None:
                 multiply_wide.call(kind, *numbers, own)
             else:
-                multiply[kind].call(*numbers, ready, own)
+                routine.call(*numbers, ready, own)
 
         run_all(work, shards(self.shape[0], threads))
         return y

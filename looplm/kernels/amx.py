@@ -8,7 +8,8 @@ bfloat16 pairs and adds the product to a third that holds float32 numbers:
 
 The registers work between `begin_tiles` and `end_tiles`, in the thread that called it, inside one compiled call.  The
 number of a register is part of its instruction, so it has to be a literal.  Arrays are given with a position, as in
-vectors.py, and a stride between rows, both in elements of 32 bits; nothing is checked.
+vectors.py, and a stride between rows, both in elements of 32 bits; what lies in a file by its address, and the bytes
+from row to row.  Nothing is checked.
 
 `state` is this thread's memory from `tile_state()`.  The instructions do not need it; without them (on another
 processor, and uncompiled) it holds what the registers would: the configuration, then the registers.  That emulation is
@@ -21,6 +22,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from ..arrays import aligned_empty
+from .addresses import pairs_at
 from .jit import JIT_DISABLED, TILE_FEATURES, features, njit
 
 NATIVE = not JIT_DISABLED and features() >= TILE_FEATURES
@@ -28,6 +30,7 @@ SIDE = 16  # rows of a register, and 32-bit words of its rows
 
 _TILES, _REGISTER = 8, SIDE * SIDE
 _HEADER = 2 * _TILES  # words of the state before the registers: rows of each, then words of each's rows
+STATE_SIZE = _HEADER + _TILES * _REGISTER
 
 
 def _configuration():
@@ -44,7 +47,7 @@ CONFIGURATION = _configuration()
 
 def tile_state():
     """Memory that stands for one thread's tile registers where there are none."""
-    return aligned_empty((_HEADER + _TILES * _REGISTER,)).view(np.uint32)
+    return aligned_empty((STATE_SIZE,)).view(np.uint32)
 
 
 # ---- the instructions
@@ -107,6 +110,14 @@ def _move(name):
     return move
 
 
+def _load_at(typing_context, state, tile, address, step):
+    def emit(context, builder, signature, values):
+        _call(builder, "tileloadd64", _I8(tile.literal_value), builder.inttoptr(values[2], _BYTES), values[3])
+        return context.get_dummy_value()
+
+    return (types.void(state, tile, types.intp, types.intp), emit) if _literals(tile) else None
+
+
 def _dot(typing_context, state, into, left, right):
     def emit(context, builder, signature, values):
         _call(builder, "tdpbf16ps", *(_I8(tile.literal_value) for tile in (into, left, right)))
@@ -153,6 +164,13 @@ def _load_emulated(state, tile, array, at, stride):
 
 
 @njit
+def _load_at_emulated(state, tile, address, step):
+    register = _register(state, tile)
+    for row in range(register.shape[0]):
+        register[row] = pairs_at(address + row * step, register.shape[1])
+
+
+@njit
 def _store_emulated(state, tile, array, at, stride):
     register, words = _register(state, tile), array.reshape(-1).view(np.uint32)
     for row in range(register.shape[0]):
@@ -181,5 +199,6 @@ begin_tiles = _instruction(_begin, _begin_emulated)
 end_tiles = _instruction(_end, _end_emulated)
 zero_tile = _instruction(_zero, _zero_emulated)
 load_tile = _instruction(_move("tileloadd64"), _load_emulated)
+load_tile_at = _instruction(_load_at, _load_at_emulated)
 store_tile = _instruction(_move("tilestored64"), _store_emulated)
 dot_tiles = _instruction(_dot, _dot_emulated)

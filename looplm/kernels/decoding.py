@@ -5,7 +5,8 @@ their weights.  A layer is four phases, each a list of items: a key/value group 
 product's outputs.  Threads take items until none is left (team.py), so that a slow one is waited for no longer than an
 item takes; whoever finishes the last does what lies between two phases: norms, and x made ready for the next product.
 A few rows are multiplied with the weights as they lie in memory; many go through register tiles, a block of weights
-widened at a time.  A row's result does not depend on other rows or on threads, within either way.
+widened at a time, unless there are tile registers for both.  A row's result does not depend on other rows or on
+threads, within either way.
 
 Everything is described by a plan: a table of numbers and addresses.  Keys and values are (R * L) x B x G x P x K.
 """
@@ -16,7 +17,6 @@ from . import plan as field
 from .addresses import call, doubles_at, floats_at, longs_at
 from .intrinsics import exp32
 from .jit import Routine, njit
-from .product.stored import FEW_ROWS
 from .rmsnorm import row_rrms
 
 PHASES = 4  # of a layer: attention and the products before it, the one after it, gate and up, down
@@ -34,7 +34,7 @@ def _product(plan, own, matrix, x, x_row, columns, first, last, y, y_row):
     """Rows first to last of a matrix times all rows of x; y: where the first output of the first of them goes."""
     kind, codes, scales, rows = plan[matrix], plan[matrix + 1], plan[matrix + 2], _rows(plan)
     out, scratch = y + 4 * first, own + plan[field.SCRATCH]
-    if rows > FEW_ROWS:
+    if not plan[field.PREPARED_KINDS] >> kind & 1:
         arguments = (kind, codes, scales, columns, first, last, x, x_row, rows, out, y_row, scratch)
         call(plan[field.MULTIPLY_WIDE], arguments)
     else:
@@ -45,11 +45,11 @@ def _product(plan, own, matrix, x, x_row, columns, first, last, y, y_row):
 @njit
 def _prepare(plan, matrix, count, x, x_row, columns):
     """Make x ready for some matrices, one after the other in the plan: once for each kind of weight among them."""
-    rows, done = _rows(plan), 0
-    for i in range(count if rows <= FEW_ROWS else 0):
+    rows, wanted = _rows(plan), plan[field.PREPARED_KINDS]
+    for i in range(count):
         kind = plan[matrix + 3 * i]
-        if not done >> kind & 1:
-            done |= 1 << kind
+        if wanted >> kind & 1:
+            wanted ^= 1 << kind
             ready = plan[field.PREPARED] + kind * plan[field.PREPARED_STEP]
             call(plan[field.MULTIPLY + kind], (0, 0, columns, 0, 0, x, x_row, rows, 0, 0, ready, 0))
 

@@ -16,8 +16,10 @@ Python fills it in (looplm/decoder.py), kernels read it.  Every field is an int6
 # Addresses, from the start of a thread's own buffer:
 (SCRATCH, QUERIES, SCORES, LSE) = range(35, 39)
 NORM, GATE_WEIGHT, GATE_BIAS, HEAD = 40, 41, 42, 43  # and from HEAD on, a matrix: kind, codes, scales
-# Addresses of compiled routines: products of a few rows for each kind of weight, and of many; attention.
+# Addresses of compiled routines: products with prepared rows for each kind of weight, and of many that are not;
+# attention.
 (MULTIPLY, MULTIPLY_WIDE, ATTEND) = (46, 50, 51)
+PREPARED_KINDS = 39  # a bit for each kind of weight that takes its rows prepared
 PREPARED_STEP = 52  # bytes from what is prepared for one kind of weight to the next
 # How work is shared: phases of the command; items of each phase of a layer and of the head; outputs come in units.
 (PHASE_COUNT, UNIT, ITEMS, HEAD_ITEMS) = (53, 54, 55, 59)

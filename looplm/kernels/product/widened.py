@@ -75,7 +75,7 @@ def widen_row(kind, codes, scales, columns, n, out):
 
 
 @njit
-def _eight_rows(lines, kind, codes, scales, columns, n, last):
+def eight_rows(lines, kind, codes, scales, columns, n, last):
     """lines: 8 x columns, rows n and on; zeros from the last on."""
     for j in range(8):
         line = lines[j * columns : (j + 1) * columns]
@@ -99,7 +99,7 @@ def _turn(panel, at, lines, line_step, depth):
 def _widen_panel(panels, at, lines, kind, codes, scales, columns, n, last):
     """Rows n and on, TILE_COLUMNS of them, as a panel: columns x TILE_COLUMNS; zeros beyond the last."""
     for eight in range(0, TILE_COLUMNS, 8):
-        _eight_rows(lines, kind, codes, scales, columns, n + eight, last)
+        eight_rows(lines, kind, codes, scales, columns, n + eight, last)
         _turn(panels, at + eight, lines, columns, columns)
 
 
@@ -111,7 +111,7 @@ def _pair_panel(panels, at, words, lines, kind, codes, scales, columns, n, last)
         if kind == BFLOAT16 and columns % 2 == 0 and n + eight + 8 <= last:  # they are such words where they lie
             _turn(panels, at + eight, pairs_at(codes + 2 * columns * (n + eight), 8 * depth), depth, depth)
         else:
-            _eight_rows(lines, kind, codes, scales, columns, n + eight, last)
+            eight_rows(lines, kind, codes, scales, columns, n + eight, last)
             pair_rows(words, lines.reshape((8, columns)), 0, 8, depth)
             _turn(panels, at + eight, words, depth, depth)
 
