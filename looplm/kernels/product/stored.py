@@ -4,7 +4,8 @@ There is a routine for every format, compiled when a model is first opened that 
 on the other rows, nor on which rows of the weight are asked for together.
 
 Where there are tile registers, many rows go through them (tile_streams.py) with bfloat16 weights, as exactly as in
-float32, and rounded ones with weights of every format.
+float32, and rounded ones with weights of every format.  Few rows do not: one row alone would be slower, and it must come
+out the same in any company (LOG.md).
 """
 
 import numpy as np
@@ -21,10 +22,6 @@ from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, ti
 from .widened import group_size, padded, row_bytes, wide_scratch_size
 
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
-# Whether few rows with bfloat16 weights go through tile registers, too.  Six layers of width 256, by turns on an idle
-# machine: 16 texts at once had 1.3 times the tokens per second with one thread, 1.04 with two; one text 0.8 and 0.54.
-# One way must serve both, since a row must come out the same in any company.
-TILES_FOR_FEW = False
 
 _ZERO, _MOST = np.float32(0.0), np.float32(127 * 256 + 127)  # whose high byte is one, too
 _ZERO_POINT = np.int32(8)
@@ -164,8 +161,7 @@ def _multiply(kind: int) -> Routine:
     return Routine(multiply)
 
 
-_TILED = {BFLOAT16} if TILES_FOR_FEW and amx.NATIVE else set[int]()
-multiply = tuple(multiply_exact if kind in _TILED else _multiply(kind) for kind in range(4))  # up to FEW_ROWS rows
+multiply = tuple(_multiply(kind) for kind in range(4))  # up to FEW_ROWS rows
 
 
 def multiply_many(kind: int, rounded: bool) -> Routine | None:
