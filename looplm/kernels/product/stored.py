@@ -4,8 +4,8 @@ There is a routine for every format, compiled when a model is first opened that 
 on the other rows, nor on which rows of the weight are asked for together.
 
 Where there are tile registers, many rows go through them (tile_streams.py) with bfloat16 weights, as exactly as in
-float32, and rounded ones with weights of every format.  Few rows do not: one row alone would be slower, and it must come
-out the same in any company (LOG.md).
+float32, and rounded ones with weights of every format.  Few rows do not: one row alone would be slower, and it must
+come out the same in any company (LOG.md).
 """
 
 import numpy as np
