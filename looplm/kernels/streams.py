@@ -41,8 +41,8 @@ _GROUPS = {INT8: 1, INT4: 4}  # scales of a block of columns
 _CODES = 2 * LANES
 RUN = 32  # blocks of columns whose scales are multiplied ahead
 # Integers are asked for so many bytes ahead: what processors fetch by themselves comes too late where there is much to
-# do with a line.  Floats come in time.
-AHEAD = 4096
+# do with a line.  So are bfloat16 numbers in rows of FAR columns, whose matrix comes from memory; others come in time.
+AHEAD, FAR = 4096, 2048
 
 
 def _pair_sums(builder, left, right, total):
@@ -234,9 +234,9 @@ def _emit_stream(kind, together, context, builder, values):
     lines = addresses_of(builder, x, x_step, x_count, together)
     whole = builder.udiv(columns, _I64(COLUMNS[kind]))
 
-    def multiply(block, scales):
+    def multiply(block, scales, ask):
         here = [builder.add(weight, builder.mul(block, _I64(BYTES[kind]))) for weight in weights]
-        for weight in here if integers else ():
+        for weight in here if ask else ():
             fetch(builder, plus(builder, weight, AHEAD))
         there = [builder.add(line, builder.mul(block, _I64(X_BYTES[kind]))) for line in lines]
         STEPS[kind](builder, sums, here, there, scales)
@@ -257,10 +257,21 @@ def _emit_stream(kind, together, context, builder, values):
             with cgutils.for_range(builder, count, intp=_I64) as loop:
                 offset = builder.add(products, builder.mul(loop.index, _I64(4 * size)))
                 scales = {(i, j): plus(builder, offset, 4 * size * RUN * (i * BLOCK + j)) for i, j in pairs}
-                multiply(builder.add(first, loop.index), scales)
+                multiply(builder.add(first, loop.index), scales, True)
     else:
-        with cgutils.for_range(builder, whole, intp=_I64) as loop:
-            multiply(loop.index, {})
+
+        def every_block(ask):
+            with cgutils.for_range(builder, whole, intp=_I64) as loop:
+                multiply(loop.index, {}, ask)
+
+        if kind == BFLOAT16:
+            with builder.if_else(builder.icmp_signed(">=", columns, _I64(FAR))) as (far, near):
+                with far:
+                    every_block(True)
+                with near:
+                    every_block(False)
+        else:
+            every_block(False)
         emit_rest(kind, builder, sums, weights, lines, whole, columns)
     for i in range(together):
         totals = sums.totals(i)
