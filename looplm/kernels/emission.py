@@ -32,12 +32,12 @@ def declared(builder, name, result, arguments):
     return existing or ir.Function(builder.module, ir.FunctionType(result, arguments), name)
 
 
-def fetch(builder, address):
-    """Ask for the line there; an address of nothing is asked for in vain."""
+def fetch(builder, address, written=False):
+    """Ask for the line there, to read it or to write it, too; an address of nothing is asked for in vain."""
     place = _I8.as_pointer()
     function = declared(builder, "llvm.prefetch.p0", ir.VoidType(), [place, _I32, _I32, _I32])
-    read, second_level, data = _I32(0), _I32(2), _I32(1)
-    builder.call(function, [builder.inttoptr(address, place), read, second_level, data])
+    use, level, data = _I32(1 if written else 0), _I32(3 if written else 2), _I32(1)  # 3 is the first level
+    builder.call(function, [builder.inttoptr(address, place), use, level, data])
 
 
 def multiply_add(builder, left, right, total):

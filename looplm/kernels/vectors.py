@@ -21,6 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .emission import fetch
 from .jit import JIT_DISABLED, features
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -287,11 +288,8 @@ def _fetch_line(written):
 
     def typed(typing_context, array, at):
         def emit(context, builder, signature, values):
-            place = builder.bitcast(_pointer(context, builder, signature.args[0], *values), ir.IntType(8).as_pointer())
-            kind = ir.FunctionType(ir.VoidType(), [place.type, _I32, _I32, _I32])
-            name = "llvm.prefetch.p0"
-            function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-            builder.call(function, [place, _I32(1 if written else 0), _I32(3 if written else 2), _I32(1)])
+            place = builder.ptrtoint(_pointer(context, builder, signature.args[0], *values), _I64)
+            fetch(builder, place, written)
             return context.get_dummy_value()
 
         return types.void(array, types.intp), emit

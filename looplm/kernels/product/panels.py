@@ -154,7 +154,7 @@ def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, dep
     for row in range(0, whole, TILE_ROWS):
         left, into = x_at + row * x_row, y_at + row * y_row
         if ahead:
-            fetch_tile(y, into + ahead, y_row)
+            fetch_sums(y, into + ahead, y_row, TILE_ROWS, TILE_COLUMNS)
         tile(x, left, x_row, 1, panels, panel_at, TILE_COLUMNS, y, into, y_row, depth, accumulate)
     for row in range(whole, rows):
         left, into = x_at + row * x_row, y_at + row * y_row
@@ -162,10 +162,10 @@ def rows_times_panel(y, y_at, y_row, x, x_at, x_row, rows, panels, panel_at, dep
 
 
 @njit
-def fetch_tile(c, at, row):
+def fetch_sums(c, at, row, rows, columns):
     """Ask for a tile of sums ahead of its turn: a column of tiles is no stream that processors would see coming."""
-    for r in range(TILE_ROWS):
-        for j in range(0, TILE_COLUMNS, LINE):
+    for r in range(rows):
+        for j in range(0, columns, LINE):
             fetch_to_write(c, at + r * row + j)
 
 
@@ -213,7 +213,7 @@ def add_tiles(dweight, first, width, tiles, panels, depth, spare, edge):
             if column + TILE_COLUMNS <= columns and row + TILE_ROWS <= width:
                 into = top * columns + column
                 if column + 2 * TILE_COLUMNS <= columns:
-                    fetch_tile(flat, into + TILE_COLUMNS, columns)
+                    fetch_sums(flat, into + TILE_COLUMNS, columns, TILE_ROWS, TILE_COLUMNS)
                 tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, flat, into, columns, depth, 1)
                 continue
             tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, edge, 0, TILE_COLUMNS, depth, 0)

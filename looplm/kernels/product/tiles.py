@@ -17,8 +17,9 @@ import numpy as np
 from ...arrays import Floats, aligned_empty
 from ..amx import SIDE, begin_tiles, dot_tiles, end_tiles, load_tile, store_tile, tile_state, zero_tile
 from ..jit import njit
-from ..vectors import fetch_to_read, fetch_to_write
+from ..vectors import fetch_to_read
 from .packing import PackedWords, depth_of, empty_words, pack_right, pack_rows_of_transpose, pair_rows
+from .panels import fetch_sums
 
 BLOCK = 2 * SIDE  # rows, and columns, of the sums that the registers hold
 DEPTH = 256  # words, the longest run of a sum kept in registers: a panel of it takes 32 KiB of the first-level cache
@@ -96,14 +97,6 @@ def _multiply_block(state, c, c_at, c_row, a, a_at, a_row, b, b_at, depth, accum
 
 
 @njit
-def _fetch_block(c, at, row):
-    """Ask for a block of sums ahead of its turn: a column of blocks is no stream that processors would see coming."""
-    for r in range(BLOCK):
-        fetch_to_write(c, at + r * row)
-        fetch_to_write(c, at + r * row + SIDE)
-
-
-@njit
 def _fetch_panel(panels, begin, length, part, parts):
     """Ask for one of `parts` of what is multiplied next, while the others are asked for at the other blocks of rows."""
     for at in range(length * part // parts * BLOCK, length * (part + 1) // parts * BLOCK, SIDE):
@@ -130,7 +123,7 @@ def _multiply(y, x, panels, words, edge, state):
                     if row + BLOCK <= count and column + BLOCK <= columns:
                         at = right + k * BLOCK
                         if column + 2 * BLOCK <= columns:
-                            _fetch_block(flat, into + BLOCK, columns)
+                            fetch_sums(flat, into + BLOCK, columns, BLOCK, BLOCK)
                             _fetch_panel(panels, at + depth * BLOCK, length, row // BLOCK, count // BLOCK)
                         _multiply_block(state, flat, into, columns, words, left + k, depth, panels, at, length, k > 0)
                     elif k == 0:
@@ -161,7 +154,7 @@ def _accumulate_outer(dweight, dy, x, left, lines, panels, edge, state):
                     into = (first + row) * columns + column
                     if row + BLOCK <= width and column + BLOCK <= columns:
                         if column + 2 * BLOCK <= columns:
-                            _fetch_block(flat, into + BLOCK, columns)
+                            fetch_sums(flat, into + BLOCK, columns, BLOCK, BLOCK)
                         _multiply_block(state, flat, into, columns, left, top, depth, panels, right, depth, True)
                         continue
                     _multiply_block(state, edge, 0, BLOCK, left, top, depth, panels, right, depth, False)
