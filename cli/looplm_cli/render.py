@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as Bar
     from rich.style import Style
     from rich.table import Table
+    from rich.text import Text
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 
@@ -47,10 +48,13 @@ def say(text: str) -> None:
 
 
 def print_error(message: str, hint: str = "") -> None:
-    """Two lines on stderr: what was seen, and the cure."""
-    _labelled("error", "bold red", message)
+    """Two lines on stderr: what was seen, and the cure.  Written as one: a process of several may be ended between."""
+    from rich.text import Text
+
+    lines = [_labelled("error", "bold red", message)]
     if hint:
-        _labelled("hint", "bold", hint)
+        lines.append(_labelled("hint", "bold", hint))
+    stderr().print(Text("\n").join(lines), soft_wrap=True)
 
 
 def print_help(usage: str, text: str, listed: Mapping[str, Sequence[tuple[str, str]]]) -> None:
@@ -72,14 +76,14 @@ def print_help(usage: str, text: str, listed: Mapping[str, Sequence[tuple[str, s
 
 def print_warning(message: str) -> None:
     """One line on stderr."""
-    _labelled("warning", "bold yellow", message)
+    stderr().print(_labelled("warning", "bold yellow", message), soft_wrap=True)
 
 
-def _labelled(label: str, style: str, message: str) -> None:
+def _labelled(label: str, style: str, message: str) -> "Text":
     from rich.text import Text
 
     line = " ".join(message.split())
-    stderr().print(Text.assemble((f"{label}:", style), f" {line}"), soft_wrap=True)
+    return Text.assemble((f"{label}:", style), f" {line}")
 
 
 def print_json(value: object) -> None:
