@@ -62,9 +62,7 @@ def random_weights(config: ModelConfig, chosen: str) -> StoredWeights:
             scale = np.float32(0.02 / (60 if kind == "int8" else 4)).view(np.uint32) >> np.uint32(16)
             scales = np.full(layout.scales_shape(shape), scale, np.uint16)
             stored = np.resize(codes, layout.codes_shape(shape))
-            matrices[parameter.name] = StoredMatrix(
-                kind, shape, stored.view(np.int8 if kind == "int8" else np.uint8), scales
-            )
+            matrices[parameter.name] = StoredMatrix(kind, shape, stored, scales)
         else:
             kind = kind or "bfloat16"
             matrices[parameter.name] = StoredMatrix(kind, shape, aligned(floats if kind == "float32" else words, shape))

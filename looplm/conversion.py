@@ -28,7 +28,7 @@ from .model_files import (
     read_json,
     stored_tensors,
 )
-from .quantization import CHUNK, KEY, Quantization, Quantized, quantize_matrix, scale_name
+from .quantization import CHUNK, KEY, ROWS, Quantization, Quantized, quantize_matrix, scale_name
 from .safetensors_file import round_to_bfloat16, streamed_content
 from .threads import run_all, shards
 from .weights import Parameter, parameter_count, parameter_table
@@ -124,7 +124,7 @@ def _pieces(
 
 
 def _chunks(shape: tuple[int, ...]) -> Iterator[slice]:
-    rows = max(1, CHUNK // math.prod(shape[1:]))
+    rows = max(1, CHUNK // math.prod(shape[1:]) // ROWS) * ROWS
     for begin in range(0, shape[0], rows):
         yield slice(begin, min(begin + rows, shape[0]))
 
@@ -144,7 +144,7 @@ def _quantized(values: Floats, kind: str, threads: int) -> list[Quantized]:
     def work(rows: slice) -> Quantized:
         return quantize_matrix(values[rows], kind)
 
-    return run_all(work, shards(len(values), threads))
+    return run_all(work, shards(len(values), threads, ROWS))
 
 
 def _provenance(files: ModelFiles, fmt: str) -> dict[str, Any]:

@@ -239,7 +239,7 @@ def stored_tensors(config: ModelConfig, quantization: Quantization | None) -> di
             wanted[parameter.name] = ("", parameter.shape)
         else:
             layout, shape = FORMATS[kind], (parameter.shape[0], parameter.shape[1])
-            wanted[parameter.name] = (layout.dtype, layout.codes_shape(shape))
+            wanted[parameter.name] = ("U8", layout.codes_shape(shape))
             wanted[scale_name(parameter.name)] = ("BF16", layout.scales_shape(shape))
     return wanted
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .arrays import Array, Floats
+from .arrays import Floats
 from .config import ModelConfig
 from .errors import CheckpointError, ConfigError
 from .kernels.finite import count_not_finite
@@ -27,49 +27,57 @@ PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 CHUNK = 1 << 20  # weights widened to float32 at a time (4 MiB; what is made on the way takes as much a few times)
 ROWS_OF = 1 << 18  # weights rounded at a time: they stay in the cache, and so does what comes of them
 
+ROWS, COLUMNS = 16, 4  # a line of codes, 64 bytes, holds so many columns (in int4 twice as many) of so many rows
+
 
 @dataclasses.dataclass(frozen=True)
 class Format:
     """How one matrix is stored.  Scales are max|w| / d for the d of `divisors` that loses least."""
 
     name: str
-    group: int  # columns that share a scale
-    block: int  # columns are padded to a multiple of it, so that a block of codes is a cache line
+    group: int  # columns that share a scale, and are padded to it
     low: int  # range of the integers
     high: int
-    dtype: str  # of the codes, in safetensors' words
-    per_byte: int  # codes in a byte
+    zero_point: int  # what is added to them, to make bytes without sign
+    per_byte: int  # integers in a byte
     divisors: tuple[float, ...]
 
-    def padded(self, columns: int) -> int:
-        return -(-columns // self.block) * self.block
+    def groups(self, columns: int) -> int:
+        return -(-columns // self.group)
 
-    def codes_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return shape[0], self.padded(shape[1]) // self.per_byte
+    def codes_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """Runs of rows, lines of a run, bytes of a line."""
+        return runs(shape[0]), self.groups(shape[1]) * self.group // (COLUMNS * self.per_byte), COLUMNS * ROWS
 
-    def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int]:
-        return shape[0], self.padded(shape[1]) // self.group
+    def scales_shape(self, shape: tuple[int, int]) -> tuple[int, int, int]:
+        """Runs of rows, groups, rows."""
+        return runs(shape[0]), self.groups(shape[1]), ROWS
+
+
+def runs(rows: int) -> int:
+    """Rows are padded to whole runs."""
+    return -(-rows // ROWS)
 
 
 # Only one side reaches 8, and a scale that clips the largest weight can serve the other 31 better.  Error on normal
 # weights: 0.097 with 7 alone, 0.090 with 7 and 8, 0.0863 with these, 0.0858 with steps of 1/32.
 _DIVISORS = tuple(6.5 + 0.25 * step for step in range(15))
 FORMATS = {
-    "int8": Format("int8", 64, 64, -127, 127, "I8", 1, (127.0,)),
-    "int4": Format("int4", 32, 128, -8, 7, "U8", 2, _DIVISORS),
+    "int8": Format("int8", 64, -127, 127, 128, 1, (127.0,)),
+    "int4": Format("int4", 32, -8, 7, 8, 2, _DIVISORS),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Quantized:
-    """One matrix of `shape` N x K as it lies in the file; arrays may be mapped.
+    """One matrix of `shape` N x K as it lies in the file, runs of ROWS rows one after the other; arrays may be mapped.
 
-    codes: int8, N x Kp, or uint8, N x Kp/2; scales: bfloat16 as its bits in uint16, N x Kp/group.
+    codes: uint8, run x line x 64; scales: bfloat16 as its bits in uint16, run x group x ROWS.
     """
 
     format: str
     shape: tuple[int, int]
-    codes: Array
+    codes: npt.NDArray[np.uint8]
     scales: npt.NDArray[np.uint16]
 
     @property
@@ -81,7 +89,7 @@ class Quantized:
         return int(self.codes.nbytes + self.scales.nbytes)
 
     def set_rows(self, rows: slice, weight: Floats, name: str = "the matrix") -> None:
-        """Round some rows of the matrix.  weight: MK
+        """Round some rows of the matrix: whole runs, but for its last.  weight: MK
 
         Raises: CheckpointError that calls it `name`, if a weight is not a finite number.
         """
@@ -91,26 +99,32 @@ class Quantized:
             raise CheckpointError(
                 f"{name} has {wrong} weights that are not finite numbers", "quantize a model whose weights are sound"
             )
-        packed = self.format == "int4"
-        codes = np.empty((len(weight), layout.padded(self.shape[1])), np.int8) if packed else self.codes[rows]
+        groups, part = layout.groups(self.shape[1]), _runs_of(rows)
+        codes = np.empty((len(weight), groups * layout.group), np.int8)
+        scales = np.zeros((runs(len(weight)) * ROWS, groups), np.uint16)
         divisors = np.array(layout.divisors)
-        quantize_rows_into(codes, self.scales[rows], weight, divisors, float(layout.low), float(layout.high))
-        if packed:
-            self.codes[rows] = pack(codes)
+        quantize_rows_into(codes, scales[: len(weight)], weight, divisors, float(layout.low), float(layout.high))
+        self.codes[part], self.scales[part] = pack(codes, layout), scales.reshape(-1, ROWS, groups).swapaxes(1, 2)
 
     def dequantize(self, rows: slice | None = None, out: Floats | None = None) -> Floats:
         """The numbers that some rows (default all) stand for, N x K, exact in float32; written to `out` if given."""
-        rows = slice(None) if rows is None else rows
-        codes, scales = self.codes[rows], widen_bfloat16(self.scales[rows])
-        made = np.empty((len(codes), self.shape[1]), np.float32) if out is None else out
-        chunk = max(1, CHUNK // max(1, self.layout.padded(self.shape[1])))
-        for begin in range(0, len(codes), chunk):
-            part = slice(begin, begin + chunk)
-            whole = codes[part] if self.format == "int8" else unpack(codes[part])
-            grouped = whole.reshape(*scales[part].shape, self.layout.group)
-            values = np.multiply(grouped, scales[part][..., None], dtype=np.float32)
-            made[part] = values.reshape(len(whole), -1)[:, : self.shape[1]]
+        begin, end, _ = (rows or slice(None)).indices(self.shape[0])
+        made = np.empty((end - begin, self.shape[1]), np.float32) if out is None else out
+        for piece in row_blocks(slice(begin // ROWS * ROWS, end), self.shape[1]):
+            part, some = _runs_of(piece), slice(max(begin, piece.start), piece.stop)
+            integers = unpack(self.codes[part], self.layout)
+            scales = widen_bfloat16(self.scales[part]).swapaxes(1, 2).reshape(len(integers), -1)
+            grouped = integers.reshape(*scales.shape, self.layout.group)
+            values = np.multiply(grouped, scales[..., None], dtype=np.float32).reshape(len(integers), -1)
+            wanted = values[some.start - piece.start : some.stop - piece.start, : self.shape[1]]
+            made[some.start - begin : some.stop - begin] = wanted
         return made
+
+
+def _runs_of(rows: slice) -> slice:
+    """The runs that some rows lie in, of which they begin the first."""
+    assert rows.start % ROWS == 0, "a run of rows is written and read as a whole"
+    return slice(rows.start // ROWS, runs(rows.stop))
 
 
 def quantize_matrix(weight: Floats, fmt: str, name: str = "the matrix") -> Quantized:
@@ -127,35 +141,40 @@ def quantize_matrix(weight: Floats, fmt: str, name: str = "the matrix") -> Quant
 def empty_quantized(shape: tuple[int, int], fmt: str) -> Quantized:
     """A matrix of a format whose rows are still to be set."""
     layout = FORMATS[fmt]
-    codes = np.empty(layout.codes_shape(shape), np.int8 if fmt == "int8" else np.uint8)
-    return Quantized(fmt, shape, codes, np.empty(layout.scales_shape(shape), np.uint16))
+    codes, scales = np.empty(layout.codes_shape(shape), np.uint8), np.empty(layout.scales_shape(shape), np.uint16)
+    return Quantized(fmt, shape, codes, scales)
 
 
 def row_blocks(rows: slice, columns: int) -> Iterator[slice]:
-    """Some rows of a matrix in pieces of at most ROWS_OF weights, but a row at least."""
-    step = max(1, ROWS_OF // max(1, columns))
+    """Some rows of a matrix in pieces of whole runs, of at most ROWS_OF weights, but a run at least."""
+    step = max(1, ROWS_OF // max(1, columns) // ROWS) * ROWS
     return (slice(begin, min(begin + step, rows.stop)) for begin in range(rows.start, rows.stop, step))
 
 
-def pack(codes: npt.NDArray[np.int8]) -> npt.NDArray[np.uint8]:
-    """int4: integers of -8..7, N x Kp -> bytes, N x Kp/2.
+def pack(codes: npt.NDArray[np.int8], layout: Format) -> npt.NDArray[np.uint8]:
+    """Integers, N x Kp -> bytes, run x line x 64.
 
-    Each block of 128 columns is 64 bytes, four groups: byte 16 q + 4 g + i holds column 32 g + 4 q + i, plus 8, in its
-    lower half, and the one 16 further in its upper half.  A mask or a shift of a vector gives four columns a lane, as
-    processors add them, and every fourth lane has the same scale.
+    Byte 4 r + i of line l holds column 4 l + i of row r of the run, plus the zero point.  Where two share a byte, the
+    lower half holds column 8 l + i, and the upper one the column 4 further.
     """
-    halves = (
-        (codes + np.int8(8)).view(np.uint8).reshape(len(codes), -1, 4, 2, 4, 4)
-    )  # block, group, half, place, column
-    both = halves[:, :, :, 0] | halves[:, :, :, 1] << 4
-    return np.ascontiguousarray(both.swapaxes(2, 3)).reshape(len(codes), -1)
+    rows, columns = codes.shape
+    padded = np.zeros((runs(rows) * ROWS, columns), np.int8)
+    padded[:rows] = codes
+    stored = padded.view(np.uint8) + np.uint8(layout.zero_point)  # the same bits modulo 256
+    words = np.ascontiguousarray(stored.view(np.uint32).reshape(-1, ROWS, columns // COLUMNS).swapaxes(1, 2))
+    if layout.per_byte == 2:
+        words = words[:, ::2] | words[:, 1::2] << np.uint32(4)
+    return words.view(np.uint8)
 
 
-def unpack(packed: npt.NDArray[np.uint8]) -> npt.NDArray[np.int8]:
-    """The way back from `pack`."""
-    both = packed.reshape(len(packed), -1, 4, 4, 4).swapaxes(2, 3)
-    halves = np.stack([both & np.uint8(15), both >> 4], axis=3).view(np.int8) - np.int8(8)
-    return halves.reshape(len(packed), -1)
+def unpack(packed: npt.NDArray[np.uint8], layout: Format) -> npt.NDArray[np.int8]:
+    """The way back from `pack`; N is a whole number of runs."""
+    if layout.per_byte == 2:
+        halves = np.stack([packed & np.uint8(15), packed >> 4], axis=2)
+        packed = halves.reshape(len(packed), -1, packed.shape[2])
+    words = np.ascontiguousarray(packed).view(np.uint32).swapaxes(1, 2)
+    integers = np.ascontiguousarray(words).view(np.uint8) - np.uint8(layout.zero_point)
+    return integers.view(np.int8).reshape(len(packed) * ROWS, -1)
 
 
 # ---- a model's part
@@ -179,7 +198,7 @@ class Quantization:
             "quant_method": METHOD,
             "format": self.format,
             "group_size": FORMATS[self.format].group,
-            "block_size": FORMATS[self.format].block,
+            "rows_together": ROWS,
             "head_format": "bfloat16" if config.tie_word_embeddings else "int8",
         }
 

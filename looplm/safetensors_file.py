@@ -32,7 +32,6 @@ READABLE: dict[str, np.dtype[Any]] = {  # NumPy has no bfloat16: its bits
     "F16": np.dtype("<f2"),
     "F64": np.dtype("<f8"),
 }
-CODES: dict[str, np.dtype[Any]] = {"I8": np.dtype("i1"), "U8": np.dtype("u1")}  # integers of quantized weights
 STORABLE = {"float32": "F32", "bfloat16": "BF16"}
 
 LONGEST_HEADER = 100_000_000  # the format's own limit
@@ -76,9 +75,9 @@ class TensorFile:
         return self._bytes[entry.begin : entry.end].view(READABLE[entry.dtype]).reshape(entry.shape)
 
     def codes(self, name: str) -> Array:
-        """A tensor of I8 or U8 as it lies in the file, not copied."""
+        """The bytes of a tensor of U8 as they lie in the file, not copied."""
         entry = self.entries[name]
-        return self._bytes[entry.begin : entry.end].view(CODES[entry.dtype]).reshape(entry.shape)
+        return self._bytes[entry.begin : entry.end].reshape(entry.shape)
 
     def floats(self, name: str, out: Floats | None = None, rows: slice | None = None) -> Floats:
         """A tensor, or some rows of it, as float32: mapped if it is that, widened exactly or (from F64) rounded if not.

@@ -17,7 +17,7 @@ from .kernels.product.stored import FEW_ROWS, multiply, multiply_many, prepared_
 from .kernels.product.widened import multiply_wide, widen_row
 from .kernels.streams import BFLOAT16, FLOAT32, INT4, INT8
 from .model_files import EMBEDDING, HEAD, ModelFiles
-from .quantization import Quantization, Quantized, empty_quantized, quantize_matrix, row_blocks, scale_name
+from .quantization import ROWS, Quantization, Quantized, empty_quantized, quantize_matrix, row_blocks, scale_name
 from .safetensors_file import TensorFile, round_to_bfloat16, widen_bfloat16
 from .threads import run_all, shards
 from .weights import Weights, parameter_table
@@ -218,6 +218,6 @@ def _converted(file: TensorFile, name: str, into: str, threads: int) -> StoredMa
                 made.codes[rows] = round_to_bfloat16(values) if into == "bfloat16" else values
             file.release(name, rows)
 
-    run_all(work, shards(shape[0], threads))
+    run_all(work, shards(shape[0], threads, ROWS))
     file.release(name)  # pages between two pieces, and those that the system mapped around them
     return made

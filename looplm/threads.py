@@ -34,10 +34,11 @@ def _pool(threads: int) -> concurrent.futures.ThreadPoolExecutor:
     return concurrent.futures.ThreadPoolExecutor(threads, "looplm")
 
 
-def shards(rows: int, threads: int) -> list[slice]:
-    """Consecutive, nearly equal parts of `rows`, at most one per thread."""
-    parts = max(1, min(rows, threads))
-    borders = [rows * part // parts for part in range(parts + 1)]
+def shards(rows: int, threads: int, together: int = 1) -> list[slice]:
+    """Consecutive, nearly equal parts of `rows`, at most one per thread; each begins at a multiple of `together`."""
+    runs = -(-rows // together)
+    parts = max(1, min(runs, threads))
+    borders = [min(rows, runs * part // parts * together) for part in range(parts + 1)]
     return [slice(begin, end) for begin, end in itertools.pairwise(borders)]
 
 

@@ -32,4 +32,5 @@ def wrong(matrix: StoredMatrix, mistake: str) -> StoredMatrix:
         return dataclasses.replace(matrix, codes=codes << np.uint8(4) | codes >> np.uint8(4))
     if mistake == "zero point of the other sign":
         return dataclasses.replace(matrix, codes=codes ^ np.uint8(0x88))
-    return dataclasses.replace(matrix, codes=(codes.view(np.uint8) & np.uint8(127)).view(np.int8))
+    assert mistake == "unsigned read as signed"
+    return dataclasses.replace(matrix, codes=codes ^ np.uint8(0x80))

@@ -72,10 +72,11 @@ def unrounded_scale(weight: np.ndarray, fmt: str) -> Stored:
     right = reference.quantize(weight, fmt)
     layout = reference.FORMATS[fmt]
     exact = right.scales * 1.002
-    padded = np.zeros((len(weight), -(-weight.shape[1] // layout.block) * layout.block))
-    padded[:, : weight.shape[1]] = weight
-    codes = reference.integers(padded.reshape(*exact.shape, layout.group), exact, layout).reshape(padded.shape)
-    return dataclasses.replace(right, codes=codes.astype(np.int8) if fmt == "int8" else reference.pack(codes))
+    by_row = exact.swapaxes(1, 2).reshape(-1, exact.shape[1])
+    padded = np.zeros((len(by_row), by_row.shape[1] * layout.group))
+    padded[: len(weight), : weight.shape[1]] = weight
+    codes = reference.integers(padded.reshape(*by_row.shape, layout.group), by_row, layout).reshape(padded.shape)
+    return dataclasses.replace(right, codes=reference.pack(codes, fmt))
 
 
 def largest_alone(weight: np.ndarray, fmt: str) -> Stored:
@@ -95,35 +96,46 @@ def test_wrong_rounding_is_caught(fmt: str, wrong: Callable[[np.ndarray, str], S
 # ---- the layout, by hand
 
 
-def test_int4_packs_two_columns_of_a_group_into_a_byte() -> None:
-    codes = np.random.default_rng(0).integers(-8, 8, (3, 256)).astype(np.int8)
-    packed = pack(codes)
-    assert packed.shape == (3, 128)
-    for column in range(256):
-        block, group, upper, place = column // 128, column % 128 // 32, column % 32 // 16, column % 16
-        both = packed[:, 64 * block + 16 * (place // 4) + 4 * group + place % 4]
-        np.testing.assert_array_equal(both >> 4 * upper & 15, codes[:, column] + 8)
-    np.testing.assert_array_equal(unpack(packed), codes)
+@BOTH
+def test_sixteen_rows_lie_side_by_side(fmt: str) -> None:
+    layout = FORMATS[fmt]
+    codes = np.random.default_rng(0).integers(layout.low, layout.high, (21, 256), np.int8, endpoint=True)
+    packed = pack(codes, layout)
+    assert packed.shape == (2, 64 if fmt == "int8" else 32, 64)
+    for row in range(21):
+        place = 4 * (row % 16) + np.arange(256) % 4
+        if fmt == "int8":
+            found = packed[row // 16, np.arange(256) // 4, place].astype(int) - 128
+        else:
+            both = packed[row // 16, np.arange(256) // 8, place].astype(int)
+            found = np.where(np.arange(256) % 8 < 4, both & 15, both >> 4) - 8
+        np.testing.assert_array_equal(found, codes[row])
+    unpacked = unpack(packed, layout)
+    np.testing.assert_array_equal(unpacked[:21], codes)
+    assert (unpacked[21:] == 0).all()
 
 
 def test_sizes_and_padding_are_as_documented() -> None:
     eight, four = (quantize_matrix(normal(5, 70), fmt) for fmt in FORMATS)
-    assert (eight.codes.shape, eight.codes.dtype, eight.scales.shape) == ((5, 128), np.int8, (5, 2))
-    assert (four.codes.shape, four.codes.dtype, four.scales.shape) == ((5, 64), np.uint8, (5, 4))
+    assert (eight.codes.shape, eight.scales.shape) == ((1, 32, 64), (1, 2, 16))
+    assert (four.codes.shape, four.scales.shape) == ((1, 12, 64), (1, 3, 16))
+    assert eight.codes.dtype == four.codes.dtype == np.uint8
     assert eight.scales.dtype == four.scales.dtype == np.uint16
-    assert (eight.codes[:, 70:] == 0).all()
-    assert (unpack(four.codes)[:, 70:] == 0).all()
-    assert (four.scales[:, 3] == 0).all()  # a group of nothing but padding
-    assert eight.nbytes == 5 * 128 + 2 * 5 * 2
+    for made in (eight, four):
+        whole = unpack(made.codes, made.layout)
+        assert (whole[:, 70:] == 0).all()
+        assert (whole[5:] == 0).all()
+        assert (made.scales[:, :, 5:] == 0).all()
+    assert eight.nbytes == 32 * 64 + 2 * 2 * 16
 
 
 def test_int8_is_off_by_half_a_step_at_most_and_zeros_stay_zeros() -> None:
     weight = normal(6, 192)
     weight[2, 64:128] = 0.0
     made = quantize_matrix(weight, "int8")
-    step = np.repeat(widen_bfloat16(made.scales), 64, axis=1)
+    step = np.repeat(widen_bfloat16(made.scales[0]).T[:6], 64, axis=1)
     assert (np.abs(made.dequantize() - weight) <= 0.5001 * step + 1e-3 * np.abs(weight)).all()
-    assert made.scales[2, 1] == 0
+    assert made.scales[0, 1, 2] == 0
     assert (made.dequantize()[2, 64:128] == 0.0).all()
 
 
@@ -135,9 +147,10 @@ def test_int4_scales_lose_less_than_those_of_the_largest_weight() -> None:
 
 @BOTH
 def test_some_rows_are_dequantized_alone_and_in_place(fmt: str) -> None:
-    made = quantize_matrix(normal(9, 100), fmt)
+    made = quantize_matrix(normal(39, 100), fmt)
     whole = made.dequantize()
-    np.testing.assert_array_equal(made.dequantize(slice(3, 7)), whole[3:7])
+    for rows in (slice(3, 7), slice(13, 20), slice(16, 32), slice(30, 39)):
+        np.testing.assert_array_equal(made.dequantize(rows), whole[rows])
     out = np.full((4, 100), np.nan, np.float32)
     assert made.dequantize(slice(3, 7), out) is out
     np.testing.assert_array_equal(out, whole[3:7])

@@ -81,9 +81,8 @@ def test_every_command_reads_a_quantized_model(fmt: str, run: pathlib.Path, tmp_
     assert report["quantization"]["format"] == fmt
     assert f"weights in {fmt}" in looplm("info", "-m", small, width=120)[0]
     dtypes = {entry["name"]: entry["dtype"] for entry in report["tensors"]}
-    assert dtypes[PROJECTION] == FORMATS[fmt].dtype
+    assert dtypes[PROJECTION] == dtypes[HEAD] == "U8"
     assert dtypes[PROJECTION + "_scale"] == dtypes[EMBEDDING] == "BF16"
-    assert dtypes[HEAD] == "I8"
     assert dtypes["model.norm.weight"] == "F32"
 
 
@@ -124,8 +123,8 @@ def test_texts_and_unknown_settings_are_taken_over_and_the_origin_is_told(tmp_pa
     for name in ("tokenizer.json", "generation_config.json", "chat_template.jinja"):
         assert (small / name).read_bytes() == (source / name).read_bytes()
     before, after = (json.loads((folder / "config.json").read_text()) for folder in (source, small))
-    expected = {"quant_method": "looplm", "format": "int4", "group_size": 32, "block_size": 128, "head_format": "int8"}
-    assert after == before | {"quantization_config": expected}
+    method = {"quant_method": "looplm", "format": "int4", "group_size": 32, "rows_together": 16}
+    assert after == before | {"quantization_config": method | {"head_format": "int8"}}
     provenance = json.loads((small / "looplm.json").read_text())
     assert provenance["steps"] == 7
     assert provenance["quantized"]["format"] == "int4"
@@ -158,7 +157,7 @@ def test_codes_start_on_a_cache_line_where_a_models_sizes_allow_it(tmp_path: pat
     small = quantized(save(tmp_path / "model", random_weights(config)), tmp_path / "small", "int8")
     file = TensorFile(small / "model.safetensors")
     begins = {name: entry.begin for name, entry in file.entries.items()}
-    assert [name for name, begin in begins.items() if file.entries[name].dtype == "I8" and begin % 64] == []
+    assert [name for name, begin in begins.items() if file.entries[name].dtype == "U8" and begin % 64] == []
     assert max(begins, key=lambda name: begins[name]) == "model.early_exit_gate.bias"
 
 
@@ -269,7 +268,7 @@ def rewritten(folder: pathlib.Path, keep: Any) -> None:
     file = TensorFile(folder / "model.safetensors")
     entries = {name: entry for name, entry in file.entries.items() if keep(name)}
     layout = {name: (entry.dtype, entry.shape) for name, entry in entries.items()}
-    read = {name: file.codes(name) if e.dtype in ("I8", "U8") else file.stored(name) for name, e in entries.items()}
+    read = {name: file.codes(name) if e.dtype == "U8" else file.stored(name) for name, e in entries.items()}
     replace_files({file.path: streamed_content(layout, lambda: iter(read.values()))})
 
 
@@ -279,10 +278,10 @@ DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
         ConfigError,
         "group_size=128, but int4 is stored",
     ),
-    "another order of columns": (
-        lambda f: config_of(f, block_size=64),
+    "another order of rows": (
+        lambda f: config_of(f, rows_together=None),  # of a version before: one row after the other
         ConfigError,
-        "block_size=64, but int4 is stored",
+        "rows_together=None, but int4 is stored with rows_together=16",
     ),
     "unknown format": (lambda f: config_of(f, format="int3"), ConfigError, "format='int3' is not known"),
     "format that is no name": (lambda f: config_of(f, format=[4]), ConfigError, r"format=\[4\] is not known"),
@@ -300,9 +299,9 @@ DAMAGE: dict[str, tuple[Any, type[Exception], str]] = {
         "tensors that the model does not",
     ),
     "other format than the files": (
-        lambda f: config_of(f, format="int8", group_size=64, block_size=64),
+        lambda f: config_of(f, format="int8", group_size=64),
         CheckpointError,
-        "is stored as U8|has shape",
+        "has shape",
     ),
     "no scales": (without_scales, CheckpointError, f"lacks {PROJECTION}_scale"),
     "floats after all": (in_floats, CheckpointError, "lacks .*_scale"),
@@ -324,7 +323,7 @@ def test_a_folder_that_contradicts_itself_is_refused_in_two_lines(case: str, tmp
 
 def test_floats_of_a_quantized_tensor_are_refused_by_name(tmp_path: pathlib.Path) -> None:
     small = quantized(save(tmp_path / "model"), tmp_path / "small", "int8")
-    with pytest.raises(CheckpointError, match="is stored as I8"):
+    with pytest.raises(CheckpointError, match="is stored as U8"):
         read_tensors(small)
 
 

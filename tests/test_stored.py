@@ -58,14 +58,14 @@ def test_codes_stand_for_what_the_format_says(name: Format) -> None:
     if name in ("int8", "int4"):  # the layout once more, number by number
         matrix = convert(values, name)
         row, column = 3, 97
-        group = 64 if name == "int8" else 32
-        scale = (matrix.scales[row, column // group].astype(np.uint32) << np.uint32(16)).view(np.float32)
+        scale = (
+            matrix.scales[0, column // (64 if name == "int8" else 32), row].astype(np.uint32) << np.uint32(16)
+        ).view(np.float32)
         if name == "int8":
-            code = int(matrix.codes[row, column])
+            code = int(matrix.codes[0, column // 4, 4 * row + column % 4]) - 128
         else:
-            group, place = column % 128 // 32, column % 32
-            both = int(matrix.codes[row, column // 128 * 64 + place % 16 // 4 * 16 + 4 * group + place % 4])
-            code = (both >> 4 if place >= 16 else both & 15) - 8
+            both = int(matrix.codes[0, column // 8, 4 * row + column % 4])
+            code = (both >> 4 if column % 8 >= 4 else both & 15) - 8
         assert found[row, column] == np.float32(code) * scale
 
 

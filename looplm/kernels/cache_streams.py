@@ -60,7 +60,7 @@ def _emit_scored(kind, builder, keys, step, count, query, channels, out, next_re
                 ahead = builder.add(ask, builder.mul(loop.index, _I64(KEYS * BYTES[kind])))
                 for at in range(0, KEYS * BYTES[kind], LINE):
                     fetch(builder, plus(builder, ahead, at))
-            STEPS[kind](builder, sums, here, [builder.add(query, builder.mul(loop.index, _I64(X_BYTES[kind])))], {})
+            STEPS[kind](builder, sums, here, [builder.add(query, builder.mul(loop.index, _I64(X_BYTES[kind])))])
         emit_rest(kind, builder, sums, lines, [query], whole, channels)
         totals = [sums.totals(0, j) for j in range(0, KEYS, BLOCK)]
         for j, number in enumerate(numbers):
@@ -84,7 +84,7 @@ def _scored(typing_context, kind, keys, step, count, query, channels, out, next_
 def _scored_plain(kind, keys, step, count, query, channels, out, next_read):
     scores = floats_at(out, count)
     for j in range(count):
-        scores[j] = DOTS[kind](keys + j * step, query, 0, channels)
+        scores[j] = DOTS[kind](keys + j * step, query, channels)
 
 
 def _emit_weighted(kind, builder, v, v_step, weight, keys, out, next_read):

@@ -1,12 +1,13 @@
 """Int8 and int4 weights: their definition in plain NumPy, as stored in a file, and wrong versions of reading them.
 
-A row of a matrix is cut into groups of neighbouring columns, padded with zeros to whole blocks.  A weight becomes an
+A row of a matrix is cut into groups of neighbouring columns, the last one padded with zeros.  A weight becomes an
 integer times its group's scale, which is a bfloat16 number and never negative:
 
-    int8    groups of 64    blocks of 64     integers -127..127    stored as themselves
-    int4    groups of 32    blocks of 128    integers -8..7        stored with 8 added, two to a byte
+    int8    groups of 64    integers -127..127    stored with 128 added
+    int4    groups of 32    integers -8..7        stored with 8 added, two to a byte
 
 The scale is max|w| / d, of several d the one that loses least; integers are computed with the scale as stored.
+Sixteen rows, of zeros if there are no more, are stored side by side: for every four columns, those of each row.
 """
 
 import dataclasses
@@ -25,24 +26,28 @@ LEAST_SCALE = 2.0**-126  # anything smaller becomes 0
 
 @dataclasses.dataclass(frozen=True)
 class Format:
-    """Columns that share a scale and that are stored together, the range of the integers, and the divisors to try."""
+    """Columns that share a scale, the range of the integers, what is added to them, and the divisors to try."""
 
     group: int
-    block: int
     low: int
     high: int
+    zero_point: int
     divisors: tuple[float, ...]
 
 
+ROWS = 16  # that are stored side by side
 FORMATS = {
-    "int8": Format(64, 64, -127, 127, (127.0,)),
-    "int4": Format(32, 128, -8, 7, tuple(np.arange(6.5, 10.25, 0.25))),
+    "int8": Format(64, -127, 127, 128, (127.0,)),
+    "int4": Format(32, -8, 7, 8, tuple(np.arange(6.5, 10.25, 0.25))),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """A matrix of `shape` N x K as in the file: codes int8 (N Kp) or uint8 (N Kp/2), scales as numbers (N Kp/group)."""
+    """A matrix of `shape` N x K as in the file, runs of 16 rows one after the other.
+
+    codes: uint8, run x line x 64; scales, as numbers: run x group x 16.
+    """
 
     format: str
     shape: tuple[int, int]
@@ -53,9 +58,9 @@ class Stored:
 def quantize(weight: Array, fmt: str) -> Stored:
     """weight: NK, finite."""
     layout, (rows, columns) = FORMATS[fmt], weight.shape
-    padded = np.zeros((rows, -(-columns // layout.block) * layout.block))
-    padded[:, :columns] = weight
-    groups = padded.reshape(rows, -1, layout.group)
+    padded = np.zeros((-(-rows // ROWS) * ROWS, -(-columns // layout.group) * layout.group))
+    padded[:rows, :columns] = weight
+    groups = padded.reshape(len(padded), -1, layout.group)
     largest = np.abs(groups).max(axis=2)
     scales, least = np.zeros(largest.shape), np.full(largest.shape, np.inf)
     for divisor in layout.divisors:
@@ -64,8 +69,8 @@ def quantize(weight: Array, fmt: str) -> Stored:
         error = ((groups - integers(groups, scale, layout) * scale[..., None]) ** 2).sum(axis=2)
         better = (scale > 0.0) & (error < least * (1.0 - 1e-9))  # not by rounding alone
         scales[better], least[better] = scale[better], error[better]
-    codes = integers(groups, scales, layout).reshape(rows, -1)
-    return Stored(fmt, (rows, columns), codes.astype(np.int8) if fmt == "int8" else pack(codes), scales)
+    codes = integers(groups, scales, layout).reshape(padded.shape)
+    return Stored(fmt, (rows, columns), pack(codes, fmt), side_by_side(scales))
 
 
 def integers(groups: Array, scale: Array, layout: Format) -> Array:
@@ -75,14 +80,20 @@ def integers(groups: Array, scale: Array, layout: Format) -> Array:
     return np.clip(np.rint(exact), layout.low, layout.high)
 
 
-def pack(codes: Array) -> Array:
-    """Integers N Kp -> bytes N Kp/2.
+def side_by_side(scales: Array) -> Array:
+    """One for each group of each row, N x G -> run x G x 16."""
+    return np.ascontiguousarray(scales.reshape(-1, ROWS, scales.shape[1]).swapaxes(1, 2))
 
-    Byte 16 q + 4 g + i of a block holds its column 32 g + 4 q + i in the lower half, the one 16 further in the upper.
+
+def pack(codes: Array, fmt: str) -> Array:
+    """Integers N x Kp -> bytes, run x line x 64.
+
+    Byte 4 r + i of line l is column 4 l + i of row r; in int4 its lower half is column 8 l + i, its upper the one 4 on.
     """
-    block = (codes + 8).astype(np.int64).reshape(len(codes), -1, 4, 2, 4, 4)  # N, block, g, half, q, i
-    both = block[:, :, :, 0] + 16 * block[:, :, :, 1]
-    return both.swapaxes(2, 3).astype(np.uint8).reshape(len(codes), -1)
+    stored = (codes + FORMATS[fmt].zero_point).astype(np.int64)
+    fours = stored.reshape(-1, ROWS, codes.shape[1] // 4, 4).swapaxes(1, 2)  # run, four columns, row, column
+    lines = fours if fmt == "int8" else fours[:, ::2] + 16 * fours[:, 1::2]
+    return lines.astype(np.uint8).reshape(len(fours), -1, 4 * ROWS)
 
 
 class Reader:
@@ -90,34 +101,28 @@ class Reader:
 
     def dequantize(self, stored: Stored) -> Array:
         """The numbers that a stored matrix stands for, N x K."""
-        codes = self.int8(stored.codes) if stored.format == "int8" else self.int4(stored.codes)
-        scales = self.scales(stored.scales)
-        grouped = codes.reshape(*scales.shape, FORMATS[stored.format].group) * scales[..., None]
-        return grouped.reshape(len(codes), -1)[:, : stored.shape[1]]
+        lines = self.rows(stored.codes.astype(np.int64))  # run, line, row, column
+        fours = lines if stored.format == "int8" else self.columns(np.stack(self.halves(lines), axis=2))
+        codes = self.signed(fours.reshape(len(lines), -1, ROWS, 4), FORMATS[stored.format].zero_point)
+        grouped = codes.swapaxes(1, 2).reshape(len(codes), ROWS, -1, FORMATS[stored.format].group)
+        values = grouped * self.scales(stored.scales).swapaxes(1, 2)[..., None]
+        return values.reshape(len(codes) * ROWS, -1)[: stored.shape[0], : stored.shape[1]]
 
     def scales(self, scales: Array) -> Array:
         return np.asarray(scales, np.float64)
 
-    def int8(self, codes: Array) -> Array:
-        return codes.astype(np.float64)
-
-    def int4(self, codes: Array) -> Array:
-        """Bytes N Kp/2 -> integers N Kp."""
-        both = self.groups(codes.astype(np.int64).reshape(len(codes), -1, 4, 4, 4))  # N, block, g, q, i
-        halves = np.stack(self.halves(both), axis=3)
-        return self.signed(self.columns(halves)).astype(np.float64).reshape(len(codes), -1)
-
-    def groups(self, both: Array) -> Array:
-        return both.swapaxes(2, 3)
+    def rows(self, lines: Array) -> Array:
+        return lines.reshape(*lines.shape[:2], ROWS, 4)
 
     def halves(self, both: Array) -> tuple[Array, Array]:
         return both & 15, both >> 4
 
     def columns(self, halves: Array) -> Array:
+        """run, line, half, row, column"""
         return halves
 
-    def signed(self, code: Array) -> Array:
-        return code - 8
+    def signed(self, code: Array, zero_point: int) -> Array:
+        return code - zero_point
 
 
 def dequantize(stored: Stored) -> Array:
@@ -133,6 +138,11 @@ class _NeighbouringScale(Reader):
         return np.roll(super().scales(scales), 1, axis=1)
 
 
+class _ScaleOfTheNextRow(Reader):
+    def scales(self, scales: Array) -> Array:
+        return np.roll(super().scales(scales), 1, axis=2)
+
+
 class _SwappedNibbles(Reader):
     def halves(self, both: Array) -> tuple[Array, Array]:
         low, high = super().halves(both)
@@ -140,29 +150,24 @@ class _SwappedNibbles(Reader):
 
 
 class _UnsignedAsSigned(Reader):
-    """Four bits as two's complement, which are 0..15 with 8 to be taken off."""
+    """Bits as two's complement, which are a number without sign with the zero point to be taken off."""
 
-    def signed(self, code: Array) -> Array:
-        return np.where(code > 7, code - 16, code)
-
-
-class _SignedAsUnsigned(Reader):
-    def int8(self, codes: Array) -> Array:
-        return super().int8(codes.view(np.uint8))
+    def signed(self, code: Array, zero_point: int) -> Array:
+        return np.where(code >= zero_point, code - 2 * zero_point, code)
 
 
 class _NeighboursInAByte(Reader):
     """As if the halves of a byte were columns side by side, as in most other formats."""
 
     def columns(self, halves: Array) -> Array:
-        return np.moveaxis(halves, 3, 5)
+        return np.moveaxis(halves, 2, 4)
 
 
-class _GroupsApart(Reader):
-    """As if each group were 16 bytes in a row, not four in every 16."""
+class _RowsApart(Reader):
+    """As if a line were columns of one row after another, the four of each not together."""
 
-    def groups(self, both: Array) -> Array:
-        return both
+    def rows(self, lines: Array) -> Array:
+        return lines.reshape(*lines.shape[:2], 4, ROWS).swapaxes(2, 3)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,12 +181,14 @@ class ReadingMutant:
 
 MUTANTS = (
     ReadingMutant("scale of the neighbouring group", "int8", _NeighbouringScale),
-    ReadingMutant("signed read as unsigned", "int8", _SignedAsUnsigned),
+    ReadingMutant("scale of the next row", "int8", _ScaleOfTheNextRow),
+    ReadingMutant("unsigned read as signed", "int8", _UnsignedAsSigned),
+    ReadingMutant("columns of a row apart", "int8", _RowsApart),
     ReadingMutant("scale of the neighbouring group", "int4", _NeighbouringScale),
+    ReadingMutant("scale of the next row", "int4", _ScaleOfTheNextRow),
     ReadingMutant("swapped nibbles", "int4", _SwappedNibbles),
     ReadingMutant("unsigned read as signed", "int4", _UnsignedAsSigned),
     ReadingMutant("halves of a byte side by side", "int4", _NeighboursInAByte),
-    ReadingMutant("groups one after the other", "int4", _GroupsApart),
 )
 
 

@@ -12,20 +12,18 @@ import numpy as np
 
 from ...arrays import lined_up
 from .. import amx
-from ..addresses import floats_at, ints_at, shorts_at, signed_bytes_at
-from ..intrinsics import round32
+from ..addresses import floats_at
 from ..jit import Routine, njit
-from ..plain_streams import INT4_BLOCK
-from ..streams import BFLOAT16, BLOCK, INT4, INT8, PRODUCTS, TOGETHER, stream
-from ..vectors import LANES, WIDTH
+from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, TOGETHER, stream
+from ..vectors import WIDTH
+from .integers import ASIDE, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
-from .widened import group_size, padded, row_bytes, wide_scratch_size
+from .widened import row_bytes, wide_scratch_size
 
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
 
-_ZERO, _MOST = np.float32(0.0), np.float32(127 * 256 + 127)  # whose high byte is one, too
-_ZERO_POINT = np.int32(8)
-_SPARE = 64  # floats that a prepared row takes beyond its columns: int4 rounds a block there
+_ZERO = np.float32(0.0)
+_SPARE = 64  # floats that a prepared row may take beyond its columns
 
 
 # ---- preparing x
@@ -58,64 +56,11 @@ def sort_columns(at, line, columns):
         out[i // 2 + WIDTH * (i % 2)] = line[whole * block + i]
 
 
-@njit
-def _round_group(codes, line):
-    """codes: 16-bit integers, zeros after the line's end -> what one of them is worth."""
-    highest, poison = _ZERO, _ZERO
-    for i in range(line.size):
-        highest = max(highest, abs(line[i]))
-        poison += line[i] * _ZERO  # integers have no NaN: the scale carries it on
-    inverse = _MOST / highest if highest > _ZERO else _ZERO
-    for i in range(line.size):
-        codes[i] = np.int16(round32(line[i] * inverse))
-    for i in range(line.size, codes.size):
-        codes[i] = 0
-    return highest / _MOST + poison
-
-
-@njit
-def _round_columns(at, line, columns):
-    """For int8: the integers, then the scale of each group."""
-    stored = padded(INT8, columns)
-    codes, scales = shorts_at(at, stored), floats_at(at + 2 * stored, stored // 64)
-    for g in range(scales.size):
-        scales[g] = _round_group(codes[64 * g : 64 * (g + 1)], line[64 * g : min(columns, 64 * (g + 1))])
-
-
-@njit
-def _split_columns(at, line, columns):
-    """For int4: each integer in two bytes, 256 high + low, in the order of the codes they are multiplied with.
-
-    A block of 128 columns is the high bytes, the low ones, and what the sum of each lane begins with: codes are 8 above
-    their values.
-    """
-    blocks = padded(INT4, columns) // 128
-    scales = floats_at(at + INT4_BLOCK * blocks, 4 * blocks)
-    codes = shorts_at(at + (INT4_BLOCK + 16) * blocks, 128)
-    for b in range(blocks):
-        place = at + INT4_BLOCK * b
-        high, low, starts = signed_bytes_at(place, 128), signed_bytes_at(place + 128, 128), ints_at(place + 256, 16)
-        for g in range(4):
-            first = min(columns, 128 * b + 32 * g)
-            scales[4 * b + g] = _round_group(codes[32 * g : 32 * (g + 1)], line[first : min(columns, first + 32)])
-        for i in range(16):
-            starts[i] = 0
-        for i in range(32):  # four columns of a group: first halves of the groups, by turns, then second halves
-            source, total = i % 4 * 32 + i // 4 * 4, np.int32(0)
-            for j in range(4):
-                code = np.int32(codes[source + j])
-                upper = (code + np.int32(128)) >> np.int32(8)
-                high[4 * i + j], low[4 * i + j] = upper, code - (upper << np.int32(8))
-                total += code
-            starts[i % LANES] -= total * _ZERO_POINT
-
-
 # ---- products
 
 
 def _multiply(kind: int) -> Routine:
     """The routine of a format: numbers in its closure, so that what the other formats need is not compiled."""
-    integers, together = kind in (INT8, INT4), TOGETHER[kind]
 
     def multiply(codes, scales, columns, first, last, x, x_row, rows, y, y_row, prepared, scratch):
         """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats.
@@ -124,44 +69,33 @@ def _multiply(kind: int) -> Routine:
         read side by side lie far apart, each followed by its neighbour in the next turn: so many long streams are what
         processors fetch ahead of (rows next to each other ran at half the speed of memory).
         """
-        stored, s_step = columns, 0
-        if integers:
-            stored = padded(kind, columns)
-            s_step = 2 * (stored // group_size(kind))
-        row, step = row_bytes(kind, columns), 4 * (padded(INT4, columns) + _SPARE)
+        row, step = row_bytes(kind, columns), 4 * (columns + _SPARE)
         apart = (last - first + BLOCK - 1) // BLOCK
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
-            if kind == INT8:
-                _round_columns(at, line, columns)
-            elif kind == INT4:
-                _split_columns(at, line, columns)
-            elif kind == BFLOAT16:
+            if kind == BFLOAT16:
                 sort_columns(at, line, columns)
             else:
                 copy_columns(at, line, columns)
         w_step, y_step, y_gap = apart * row, 4 * y_row, 4 * apart
         for n in range(apart):
-            count = (last - first - n + apart - 1) // apart
-            w, s, out = codes + (first + n) * row, scales + (first + n) * s_step, y + 4 * n
-            s_gap, m = apart * s_step, 0
-            while rows - m >= min(together, 3):  # three rows pass as four; two have a kernel of their own
-                at, into, several = prepared + m * step, out + m * y_step, min(together, rows - m)
-                stream(
-                    kind, together, w, w_step, count, at, step, several, s, s_gap, scratch, into, y_step, y_gap, stored
-                )
-                m += together
+            count, m = (last - first - n + apart - 1) // apart, 0
+            w, out = codes + (first + n) * row, y + 4 * n
+            while rows - m >= min(TOGETHER, 3):  # three rows pass as four; two have a kernel of their own
+                at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
+                stream(kind, TOGETHER, w, w_step, count, at, step, several, into, y_step, y_gap, columns)
+                m += TOGETHER
             at, into = prepared + m * step, out + m * y_step
-            if together > 2 and rows - m == 2:
-                stream(kind, 2, w, w_step, count, at, step, 2, s, s_gap, scratch, into, y_step, y_gap, stored)
+            if TOGETHER > 2 and rows - m == 2:
+                stream(kind, 2, w, w_step, count, at, step, 2, into, y_step, y_gap, columns)
             elif rows - m == 1:
-                stream(kind, 1, w, w_step, count, at, step, 1, s, s_gap, scratch, into, y_step, y_gap, stored)
+                stream(kind, 1, w, w_step, count, at, step, 1, into, y_step, y_gap, columns)
         return 0
 
     return Routine(multiply)
 
 
-multiply = tuple(_multiply(kind) for kind in range(4))  # up to FEW_ROWS rows
+multiply = (*map(_multiply, (FLOAT32, BFLOAT16)), *map(multiply_integers, (INT8, INT4)))  # up to FEW_ROWS rows
 
 
 def multiply_many(kind: int, rounded: bool) -> Routine | None:
@@ -174,14 +108,15 @@ def multiply_many(kind: int, rounded: bool) -> Routine | None:
 def scratch_size(columns: int) -> int:
     """Floats of scratch that a product needs, of few rows or of many, for weights of up to so many columns."""
     tiled = tiled_scratch_size(columns) if amx.NATIVE else 0
-    return max(PRODUCTS, wide_scratch_size(columns), tiled)
+    return max(ASIDE, wide_scratch_size(columns), tiled)
 
 
 def row_size(columns: int) -> int:
-    """Floats that a prepared row takes, in any format, for products of a few rows by themselves."""
-    return columns + 127 + _SPARE  # padded to 128 columns at most
+    """Floats that a prepared row takes for products with floats."""
+    return columns + _SPARE
 
 
 def prepared_size(columns: int, rows: int) -> int:
     """Floats that prepared rows take, in any format, of up to so many columns."""
-    return lined_up(max(min(rows, FEW_ROWS) * row_size(columns), tiled_size(columns, rows) if amx.NATIVE else 0))
+    row = max(row_size(columns), prepared_row_size(columns))
+    return lined_up(max(min(rows, FEW_ROWS) * row, tiled_size(columns, rows) if amx.NATIVE else 0))

@@ -7,11 +7,12 @@ gets does not depend on the other rows, nor on which rows of the weight are aske
 
 import numpy as np
 
-from ..addresses import bytes_at, floats_at, pairs_at, signed_bytes_at, words_at
+from ..addresses import floats_at, pairs_at, words_at
 from ..intrinsics import widen16
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, FLOAT32, INT4, INT8
+from ..streams import BFLOAT16, FLOAT32
 from ..vectors import TILE_COLUMNS, transpose_eight
+from .integers import widen_integers
 from .packing import pair_rows
 from .panels import DEPTH, rows_times_panel
 
@@ -22,25 +23,9 @@ _ZERO = np.float32(0.0)
 
 
 @njit
-def padded(kind, columns):
-    """Columns that a row of integers has in memory: whole blocks."""
-    block = 128 if kind == INT4 else 64
-    return (columns + block - 1) // block * block
-
-
-@njit
 def row_bytes(kind, columns):
-    """Bytes of a stored row of so many columns."""
-    if kind == FLOAT32:
-        return 4 * columns
-    if kind == BFLOAT16:
-        return 2 * columns
-    return padded(kind, columns) if kind == INT8 else padded(kind, columns) // 2
-
-
-@njit
-def group_size(kind):
-    return 64 if kind == INT8 else 32
+    """Bytes of a stored row of so many floats."""
+    return 4 * columns if kind == FLOAT32 else 2 * columns
 
 
 @njit
@@ -51,27 +36,12 @@ def widen_row(kind, codes, scales, columns, n, out):
         line = floats_at(at, columns)
         for i in range(columns):
             out[i] = line[i]
-        return
-    if kind == BFLOAT16:
+    elif kind == BFLOAT16:
         words = words_at(at, columns)
         for i in range(columns):
             out[i] = widen16(words[i])
-        return
-    group = group_size(kind)
-    groups = padded(kind, columns) // group
-    row_scales = words_at(scales + 2 * groups * n, groups)
-    for g in range(groups):
-        scale = widen16(row_scales[g])
-        first, last = g * group, min(columns, (g + 1) * group)
-        if kind == INT8:
-            source, line = signed_bytes_at(at + first, group), out[first:last]
-            for i in range(line.size):
-                line[i] = scale * np.float32(source[i])
-        else:
-            codes_of_four, line = bytes_at(at + g // 4 * 64, 64), out[first:last]
-            for i in range(line.size):
-                both = np.int32(codes_of_four[i // 4 % 4 * 16 + g % 4 * 4 + i % 4])
-                line[i] = scale * np.float32((both >> np.int32(i // 16 * 4) & np.int32(15)) - np.int32(8))
+    else:
+        widen_integers(kind, codes, scales, columns, n, out)
 
 
 @njit
