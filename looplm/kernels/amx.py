@@ -6,6 +6,8 @@ bfloat16 pairs and adds the product to a third that holds float32 numbers:
 
     into[m, n] += sum over k of left[m, k] . right[k, n]        m, n < 16; 16 words k, each of two bfloat16 numbers
 
+Another takes words of four bytes, those on the left with a sign and those on the right without, and adds to integers.
+
 The registers work between `begin_tiles` and `end_tiles`, in the thread that called it, inside one compiled call.  The
 number of a register is part of its instruction, so it has to be a literal.  Arrays are given with a position, as in
 vectors.py, and a stride between rows, both in elements of 32 bits; what lies in a file by its address, and the bytes
@@ -26,6 +28,7 @@ from .addresses import pairs_at
 from .jit import JIT_DISABLED, TILE_FEATURES, features, njit
 
 NATIVE = not JIT_DISABLED and features() >= TILE_FEATURES
+NATIVE_BYTES = NATIVE and "amx-int8" in features()
 SIDE = 16  # rows of a register, and 32-bit words of its rows
 
 _TILES, _REGISTER = 8, SIDE * SIDE
@@ -118,12 +121,17 @@ def _load_at(typing_context, state, tile, address, step):
     return (types.void(state, tile, types.intp, types.intp), emit) if _literals(tile) else None
 
 
-def _dot(typing_context, state, into, left, right):
-    def emit(context, builder, signature, values):
-        _call(builder, "tdpbf16ps", *(_I8(tile.literal_value) for tile in (into, left, right)))
-        return context.get_dummy_value()
+def _product(name):
+    """dot_tiles(state, into, left, right), or dot_bytes."""
 
-    return (types.void(state, into, left, right), emit) if _literals(into, left, right) else None
+    def product(typing_context, state, into, left, right):
+        def emit(context, builder, signature, values):
+            _call(builder, name, *(_I8(tile.literal_value) for tile in (into, left, right)))
+            return context.get_dummy_value()
+
+        return (types.void(state, into, left, right), emit) if _literals(into, left, right) else None
+
+    return product
 
 
 # ---- the same without them
@@ -191,6 +199,24 @@ def _dot_emulated(state, into, left, right):
     total[:, :] = sums.view(np.uint32)
 
 
+@njit
+def _byte(word, number, signed):
+    value = np.int64(word) >> 8 * number & 255
+    return value - 256 if signed and value > 127 else value
+
+
+@njit
+def _dot_bytes_emulated(state, into, left, right):
+    total, a, b = _register(state, into), _register(state, left), _register(state, right)
+    sums = total.copy().view(np.int32)
+    for m in range(total.shape[0]):
+        for n in range(total.shape[1]):
+            for k in range(a.shape[1] if b.shape[0] else 0):
+                for byte in range(4):
+                    sums[m, n] += _byte(a[m, k], byte, True) * _byte(b[k, n], byte, False)
+    total[:, :] = sums.view(np.uint32)
+
+
 def _instruction(native, emulated):
     return intrinsic(prefer_literal=True)(native) if NATIVE else emulated
 
@@ -201,4 +227,5 @@ zero_tile = _instruction(_zero, _zero_emulated)
 load_tile = _instruction(_move("tileloadd64"), _load_emulated)
 load_tile_at = _instruction(_load_at, _load_at_emulated)
 store_tile = _instruction(_move("tilestored64"), _store_emulated)
-dot_tiles = _instruction(_dot, _dot_emulated)
+dot_tiles = _instruction(_product("tdpbf16ps"), _dot_emulated)
+dot_bytes = _instruction(_product("tdpbsud"), _dot_bytes_emulated)

@@ -2,15 +2,17 @@
 
 import numpy as np
 
+from ..arrays import LINE
 from . import plan as field
-from .addresses import floats_at, longs_at, rows_at, words_at
+from .addresses import floats_at, longs_at, pairs_at, rows_at, words_at
 from .attention import attend_head, pack_keys
-from .cache_streams import CHANNEL_BLOCK, KEYS, scored, weighted
-from .intrinsics import exp32, round16, widen16
+from .cache_streams import ASKED, CHANNEL_BLOCK, KEYS, scored, weighted
+from .intrinsics import exp32, larger32, round16, widen16
 from .jit import Routine, njit
 from .product.stored import copy_columns, sort_columns
 from .rope import turn_head
 from .streams import BFLOAT16, FLOAT32
+from .vectors import fetch_to_read
 
 SHARED_KEYS = 256  # that all queries of a group pass by before the next are read
 
@@ -57,6 +59,18 @@ def _seen(plan, row, layer, g):
 
 
 @njit
+def ask_for_cache(plan, layer, g):
+    """Ask for what a group's first row is about to read, while its queries are made; each row asks for the next."""
+    at, count = _seen(plan, 0, layer, g)
+    size = (4 if plan[field.CACHE_KIND] == FLOAT32 else 2) * plan[field.CHANNELS]
+    words = min(count * size, ASKED) // 4
+    for first in (plan[field.KEYS] + at * size, plan[field.VALUES] + at * size):
+        line = pairs_at(first, max(0, words))
+        for i in range(0, line.size, LINE):
+            fetch_to_read(line, i)
+
+
+@njit
 def _turn_and_append(plan, layer, g):
     """A group's queries and keys turned by their positions; its keys and values into the cache."""
     channels, heads, groups, kind = plan[field.CHANNELS], plan[field.HEADS], plan[field.GROUPS], plan[field.CACHE_KIND]
@@ -93,7 +107,7 @@ def _soften(scores, count, scale):
     weight = floats_at(scores, count)
     highest = weight[0]
     for j in range(count):
-        highest = max(highest, weight[j])
+        highest = larger32(highest, weight[j])
     total = _ZERO
     for j in range(count):
         weight[j] = exp32((weight[j] - highest) * scale)

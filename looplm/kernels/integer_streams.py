@@ -224,6 +224,12 @@ def _scales_of(builder, address):
     return found
 
 
+def _added(builder, total, scales, factor, before):
+    """A group's sums, as floats, added to those of the groups before it."""
+    floats = scales.type
+    return multiply_add(builder, builder.sitofp(total, floats), builder.fmul(scales, factor), before)
+
+
 def _emit(kind, together, runs, context, builder, values):
     x, x_step, x_count, groups = values[:4]
     places = [values[4 + 4 * run : 8 + 4 * run] for run in range(runs)]  # codes, scales, results, their step
@@ -255,10 +261,8 @@ def _emit(kind, together, runs, context, builder, values):
             scales = _scales_of(builder, builder.add(place[1], builder.mul(loop.index, _I64(2 * SIDE))))
             for i, factor in enumerate(factors):
                 for part, total in enumerate(totals[run, i].totals()):
-                    scale = builder.fmul(scales[part], factor)
                     into = sums[run, i, part]
-                    added = multiply_add(builder, builder.sitofp(total, floats), scale, builder.load(into))
-                    builder.store(added, into)
+                    builder.store(_added(builder, total, scales[part], factor, builder.load(into)), into)
     for run, i, part in every:
         with builder.if_then(builder.icmp_signed("<", _I64(i), x_count)):
             place = builder.add(places[run][2], builder.mul(places[run][3], _I64(i)))
@@ -283,6 +287,54 @@ def _integer_stream(
     return types.void(kind, together, runs, *[types.intp] * 12), emit
 
 
+def _spread_codes(typing_context, lines, into):
+    """spread_codes(...): a group of int4 as lines of one code a byte, as those of int8 are."""
+
+    def emit(context, builder, signature, values):
+        for n in range(LINES[INT4]):
+            line = plus(builder, values[0], LINE * n)
+            fetch(builder, plus(builder, line, AHEAD))
+            for four, codes in enumerate(_codes_of_line(builder, INT4, line)):
+                for part, code in enumerate(codes):
+                    at = LINE * (2 * n + four) + 4 * LANES * part
+                    builder.store(code, builder.inttoptr(plus(builder, values[1], at), _BYTES.as_pointer())).align = 1
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp), emit
+
+
+def _add_group(typing_context, y, y_step, before, high, low, x, x_step, starts, factors, scales, rows):
+    """add_group(...): y[i] = before[i] + the sums of a group, 256 high + low + start, times their scales.
+
+    Rows of SIDE numbers; `before` is 0 if there is nothing before.  Starts and factors lie so many bytes behind the
+    beginning of each row of x.
+    """
+
+    def emit(context, builder, signature, values):
+        y, y_step, before, high, low, x, x_step, starts, factors, scales, rows = values
+        every, floats = _scales_of(builder, scales), vector(_F32, LANES)
+        more = builder.icmp_signed("!=", before, _I64(0))
+        before = builder.select(more, before, high)
+        with cgutils.for_range(builder, rows, intp=_I64) as loop:
+            line = builder.add(x, builder.mul(loop.index, x_step))
+            start = _repeated(builder, builder.add(line, starts), _I32, _LANES)
+            factor = _repeated(builder, builder.add(line, factors), _F32, floats)
+            into, at = builder.add(y, builder.mul(loop.index, y_step)), builder.mul(loop.index, _I64(LINE))
+            for part, scale in enumerate(every):
+                off = 4 * LANES * part
+                upper, lower = (
+                    load(builder, plus(builder, builder.add(side, at), off), _LANES) for side in (high, low)
+                )
+                total = builder.add(builder.shl(upper, constant(_LANES, 8)), builder.add(lower, start))
+                held = load(builder, builder.add(plus(builder, before, off), at), floats)
+                held = builder.select(more, held, ir.Constant(floats, None))
+                place = builder.inttoptr(plus(builder, into, off), floats.as_pointer())
+                builder.store(_added(builder, total, scale, factor, held), place).align = 4
+        return context.get_dummy_value()
+
+    return types.void(*[types.intp] * 11), emit
+
+
 def _integer_stream_plain(kind, together, runs, x, x_step, x_count, groups, w, s, y, y_step, w_2, s_2, y_2, y_step_2):
     group = GROUP[kind]
     for codes_at, scales_at, into, step in ((w, s, y, y_step), (w_2, s_2, y_2, y_step_2))[:runs]:
@@ -303,5 +355,21 @@ def _integer_stream_plain(kind, together, runs, x, x_step, x_count, groups, w, s
             floats_at(into + i * step, SIDE)[:] = (totals * (scales.reshape(groups, SIDE).T * own)).sum(axis=1)
 
 
+def _spread_codes_plain(lines, into):
+    stored = bytes_at(lines, LINES[INT4] * LINE).reshape(-1, 1, LINE)
+    bytes_at(into, 2 * LINES[INT4] * LINE)[:] = np.concatenate([stored & 15, stored >> 4], axis=1).reshape(-1)
+
+
+def _add_group_plain(y, y_step, before, high, low, x, x_step, starts, factors, scales, rows):
+    for i in range(rows):
+        upper, lower = (ints_at(side + LINE * i, SIDE) for side in (high, low))
+        line = x + i * x_step
+        total = 256 * upper + lower + ints_at(line + starts, 1)
+        added = total * (widened(scales, SIDE) * floats_at(line + factors, 1))
+        floats_at(y + i * y_step, SIDE)[:] = added + (floats_at(before + LINE * i, SIDE) if before else 0.0)
+
+
+spread_codes: Any = _spread_codes_plain if JIT_DISABLED else intrinsic(_spread_codes)
+add_group: Any = _add_group_plain if JIT_DISABLED else intrinsic(_add_group)
 round_group: Any = _round_group_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_round_group)
 integer_stream: Any = _integer_stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_integer_stream)

@@ -2,14 +2,21 @@
 
 import numpy as np
 
-from ..addresses import bytes_at, floats_at, words_at
+from .. import amx
+from ..addresses import bytes_at, floats_at, pairs_at, words_at
+from ..amx import STATE_SIZE, begin_tiles, end_tiles
 from ..integer_streams import GROUP, LINE, LINES, RUNS, SIDE, TOGETHER, integer_stream, round_group
 from ..intrinsics import widen16
 from ..jit import Routine, njit
 from ..streams import INT4, INT8
+from .integer_tiles import TILES_ASIDE, on_tiles
 
 _ZERO = np.float32(0.0)
-ASIDE = RUNS * TOGETHER[-1][0] * SIDE  # floats of scratch for results of which not all are wanted
+FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
+# So many rows, and more, go through tile registers, if there are such for integers: measured.
+TILED_ROWS = {INT8: 5, INT4: 9}
+# Floats of scratch: what tile registers want, and results of which not all are wanted.
+ASIDE = TILES_ASIDE + 2 * SIDE * SIDE
 
 
 @njit
@@ -108,26 +115,39 @@ def _hand_out(run, first, last, rows, y, y_row, spare):
             into[j] = found[begin - run * SIDE + j]
 
 
-def _streaming(kind, together, runs):
-    """The function for so many rows of x and runs: numbers in its closure, which intrinsics want literally."""
+def _placing(kind, products, together, spare):
+    """A function for two runs of weight rows, from one that knows where results go.
+
+    `spare`: floats of scratch that the latter wants for itself.
+    """
     lines = LINES[kind]
 
     @njit
-    def multiply(codes, scales, groups, run, other, first, last, x, x_step, rows, y, y_row, spare):
+    def multiply(codes, scales, groups, run, other, first, last, x, x_step, rows, y, y_row, scratch):
         """A run of weight rows, and another if there are two; -1 is none."""
-        size, s_size, beside = groups * lines * LINE, groups * 2 * SIDE, spare + LINE * together
-        w, s = codes + run * size, scales + run * s_size
-        into, step = _place(run, first, last, y, y_row, spare)
+        size, s_size, aside = groups * lines * LINE, groups * 2 * SIDE, scratch + 4 * spare
+        w, s, beside = codes + run * size, scales + run * s_size, aside + LINE * together
+        into, step = _place(run, first, last, y, y_row, aside)
         w_2, s_2, into_2, step_2 = w, s, beside, LINE
         if other >= 0:
             w_2, s_2 = codes + other * size, scales + other * s_size
             into_2, step_2 = _place(other, first, last, y, y_row, beside)
-        integer_stream(kind, together, runs, x, x_step, rows, groups, w, s, into, step, w_2, s_2, into_2, step_2)
-        _hand_out(run, first, last, rows, y, y_row, spare)
+        products(w, s, into, step, w_2, s_2, into_2, step_2, groups, x, x_step, rows, scratch)
+        _hand_out(run, first, last, rows, y, y_row, aside)
         if other >= 0:
             _hand_out(other, first, last, rows, y, y_row, beside)
 
     return multiply
+
+
+def _streaming(kind, together, runs):
+    """The function for so many rows of x and runs: numbers in its closure, which intrinsics want literally."""
+
+    @njit
+    def products(w, s, y, y_step, w_2, s_2, y_2, y_step_2, groups, x, x_step, rows, scratch):
+        integer_stream(kind, together, runs, x, x_step, rows, groups, w, s, y, y_step, w_2, s_2, y_2, y_step_2)
+
+    return _placing(kind, products, together, 0)
 
 
 def multiply_integers(kind: int) -> Routine:
@@ -135,6 +155,8 @@ def multiply_integers(kind: int) -> Routine:
     prepare = _preparing(kind)
     one, two = (_streaming(kind, together, runs) for together, runs in TOGETHER[:2])
     several, most = _streaming(kind, *TOGETHER[-1]), TOGETHER[-1][0]
+    tiled = _placing(kind, on_tiles(kind), SIDE, TILES_ASIDE) if amx.NATIVE_BYTES else one  # which then is never called
+    least = TILED_ROWS[kind] if amx.NATIVE_BYTES else FEW_ROWS + 1
 
     def multiply(codes, scales, columns, first, last, x, x_row, rows, y, y_row, prepared, scratch):
         """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats.
@@ -145,10 +167,16 @@ def multiply_integers(kind: int) -> Routine:
         groups, step = groups_of(kind, columns), _step(kind, columns)
         for m in range(rows if x else 0):
             prepare(prepared + m * step, x + 4 * x_row * m, columns)
-        begin, end = first // SIDE, (last + SIDE - 1) // SIDE
+        begin, end, state = first // SIDE, (last + SIDE - 1) // SIDE, pairs_at(scratch, STATE_SIZE)
+        if rows >= least:
+            begin_tiles(state)
         apart = (end - begin + RUNS - 1) // RUNS
         for run in range(begin, begin + apart):
             other, m = run + apart if RUNS == 2 and run + apart < end else -1, 0
+            while rows - m >= least:
+                at, into, some = prepared + m * step, y + 4 * m * y_row, min(SIDE, rows - m)
+                tiled(codes, scales, groups, run, other, first, last, at, step, some, into, y_row, scratch)
+                m += some
             while most > 2 and rows - m >= 3:  # three rows pass as four
                 at, into, some = prepared + m * step, y + 4 * m * y_row, min(most, rows - m)
                 several(codes, scales, groups, run, -1, first, last, at, step, some, into, y_row, scratch)
@@ -162,6 +190,8 @@ def multiply_integers(kind: int) -> Routine:
             if rows > m:
                 at, into = prepared + m * step, y + 4 * m * y_row
                 one(codes, scales, groups, run, other, first, last, at, step, 1, into, y_row, scratch)
+        if rows >= least:
+            end_tiles(state)
         return 0
 
     return Routine(multiply)

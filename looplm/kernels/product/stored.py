@@ -13,14 +13,13 @@ import numpy as np
 from ...arrays import lined_up
 from .. import amx
 from ..addresses import floats_at
+from ..integer_streams import SIDE
 from ..jit import Routine, njit
 from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, TOGETHER, stream
 from ..vectors import WIDTH
-from .integers import ASIDE, multiply_integers, prepared_row_size
+from .integers import ASIDE, FEW_ROWS, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
 from .widened import row_bytes, wide_scratch_size
-
-FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
 
 _ZERO = np.float32(0.0)
 _SPARE = 64  # floats that a prepared row may take beyond its columns
@@ -118,5 +117,5 @@ def row_size(columns: int) -> int:
 
 def prepared_size(columns: int, rows: int) -> int:
     """Floats that prepared rows take, in any format, of up to so many columns."""
-    row = max(row_size(columns), prepared_row_size(columns))
-    return lined_up(max(min(rows, FEW_ROWS) * row, tiled_size(columns, rows) if amx.NATIVE else 0))
+    row, few = max(row_size(columns), prepared_row_size(columns)), -(-min(rows, FEW_ROWS) // SIDE) * SIDE
+    return lined_up(max(few * row, tiled_size(columns, rows) if amx.NATIVE else 0))
