@@ -6,7 +6,7 @@ import pytest
 from looplm.arrays import aligned_empty
 from looplm.kernels import amx
 from looplm.kernels.addresses import pairs_at
-from looplm.kernels.integer_streams import IN_BYTES
+from looplm.kernels.integer_lines import IN_BYTES
 from looplm.kernels.jit import njit
 from looplm.kernels.product.integer_tiles import TILES_ASIDE, on_tiles
 from looplm.kernels.product.integers import _step, groups_of

@@ -7,7 +7,8 @@ same numbers in the same order as without such registers, so that a row's result
 
 from ..addresses import bytes_at, floats_at, pairs_at
 from ..amx import SIDE, STATE_SIZE, dot_bytes, load_tile_at, store_tile, zero_tile
-from ..integer_streams import GROUP, LINE, LINES, add_group, spread_codes
+from ..integer_lines import GROUP, LINE, LINES, spread_codes
+from ..integer_streams import add_group
 from ..jit import njit
 from ..streams import AHEAD, INT4, INT8
 from ..vectors import fetch_to_read

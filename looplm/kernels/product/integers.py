@@ -5,7 +5,8 @@ import numpy as np
 from .. import amx
 from ..addresses import bytes_at, floats_at, pairs_at, words_at
 from ..amx import STATE_SIZE, begin_tiles, end_tiles
-from ..integer_streams import GROUP, LINE, LINES, RUNS, SIDE, TOGETHER, integer_stream, round_group
+from ..integer_lines import GROUP, LINE, LINES, SIDE, round_group, widen_group
+from ..integer_streams import RUNS, TOGETHER, integer_stream
 from ..intrinsics import widen16
 from ..jit import Routine, njit
 from ..streams import INT4, INT8
@@ -59,6 +60,49 @@ def _step(kind, columns):
     """Bytes of a prepared row: integers, starts, scales, and room for a last group that is not full; whole lines."""
     group = group_size(kind)
     return ((2 * group + 8) * groups_of(kind, columns) + 4 * group + LINE - 1) // LINE * LINE
+
+
+def _widening(kind, paired):
+    """The function of a format: numbers in its closure, which intrinsics want literally."""
+
+    @njit
+    def widen(codes, scales, columns, run, into, step):
+        """A run of rows as columns of SIDE floats, or of as many words of two bfloat16 numbers, `step` bytes apart."""
+        groups, group = groups_of(kind, columns), group_size(kind)
+        size, numbers = _lines(kind, columns) // groups * LINE, group // 2 if paired else group
+        for g in range(groups):
+            place = scales + 2 * SIDE * (run * groups + g)
+            widen_group(kind, paired, codes + (run * groups + g) * size, place, into + g * numbers * step, step)
+
+    return widen
+
+
+_WIDEN = {(kind, paired): _widening(kind, paired) for kind in (INT8, INT4) for paired in (0, 1)}
+_int8_floats, _int8_pairs, _int4_floats, _int4_pairs = _WIDEN.values()
+
+
+@njit
+def in_whole_runs(kind, columns, n):
+    """Whether rows from n on can be widened a run at a time: whole groups, and n is a run's first."""
+    return kind >= INT8 and columns % group_size(kind) == 0 and n % SIDE == 0
+
+
+@njit
+def widen_run(kind, codes, scales, columns, n, into, step):
+    """Rows n to n + 15, column by column: SIDE floats each, `step` bytes apart, from an address on."""
+    if kind == INT8:
+        _int8_floats(codes, scales, columns, n // SIDE, into, step)
+    else:
+        _int4_floats(codes, scales, columns, n // SIDE, into, step)
+
+
+@njit
+def pair_run(kind, codes, scales, columns, n, into, step):
+    """The same, two columns in a word: the nearest bfloat16 numbers."""
+    if kind == INT8:
+        _int8_pairs(codes, scales, columns, n // SIDE, into, step)
+    else:
+        _int4_pairs(codes, scales, columns, n // SIDE, into, step)
 
 
 # ---- preparing x

@@ -13,7 +13,7 @@ import numpy as np
 from ...arrays import lined_up
 from .. import amx
 from ..addresses import floats_at
-from ..integer_streams import SIDE
+from ..integer_lines import SIDE
 from ..jit import Routine, njit
 from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, TOGETHER, stream
 from ..vectors import WIDTH

@@ -28,6 +28,7 @@ from ..jit import Routine, njit
 from ..parts import NUMBERS, PARTS, WORDS, add_eight, split
 from ..streams import BFLOAT16
 from ..vectors import transpose_eight
+from .integers import in_whole_runs, pair_run
 from .packing import pair_rows
 from .widened import eight_rows, row_bytes
 
@@ -315,6 +316,15 @@ def _multiply_block(parts, w, w_step, columns, outputs, y, y_at, y_row, rows, re
 def _widen_pairs(words, lines, kind, codes, scales, columns, first, last):
     """Rows first to last as words, whole registers along a row."""
     depth = _depth(columns) * WORDS
+    if in_whole_runs(kind, columns, first):
+        turned = pairs_at(lines.ctypes.data, lines.size)
+        for n in range(first, last, SIDE):
+            pair_run(kind, codes, scales, columns, n, lines.ctypes.data, 4 * SIDE)
+            for row in (0, 8):
+                for k in range(0, depth, 8):
+                    into = (n - first + row) * depth + k
+                    transpose_eight(words, into, depth, turned, k * SIDE + row, SIDE)
+        return
     for n in range(first, last, 8):
         eight_rows(lines, kind, codes, scales, columns, n, last)
         pair_rows(words[(n - first) * depth :], lines.reshape((8, columns)), 0, min(8, last - n), depth)

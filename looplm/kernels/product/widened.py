@@ -8,11 +8,12 @@ gets does not depend on the other rows, nor on which rows of the weight are aske
 import numpy as np
 
 from ..addresses import floats_at, pairs_at, words_at
+from ..integer_lines import SIDE
 from ..intrinsics import widen16
 from ..jit import Routine, njit
 from ..streams import BFLOAT16, FLOAT32
 from ..vectors import TILE_COLUMNS, transpose_eight
-from .integers import widen_integers
+from .integers import in_whole_runs, pair_run, widen_integers, widen_run
 from .packing import pair_rows
 from .panels import DEPTH, rows_times_panel
 
@@ -68,6 +69,13 @@ def _turn(panel, at, lines, line_step, depth):
 @njit
 def _widen_panel(panels, at, lines, kind, codes, scales, columns, n, last):
     """Rows n and on, TILE_COLUMNS of them, as a panel: columns x TILE_COLUMNS; zeros beyond the last."""
+    if TILE_COLUMNS % SIDE == 0 and in_whole_runs(kind, columns, n):
+        if last - n <= TILE_COLUMNS - SIDE:
+            panels[at : at + columns * TILE_COLUMNS] = _ZERO
+        for row in range(0, min(TILE_COLUMNS, last - n), SIDE):
+            into = panels[at + row :].ctypes.data
+            widen_run(kind, codes, scales, columns, n + row, into, 4 * TILE_COLUMNS)
+        return
     for eight in range(0, TILE_COLUMNS, 8):
         eight_rows(lines, kind, codes, scales, columns, n + eight, last)
         _turn(panels, at + eight, lines, columns, columns)
@@ -77,6 +85,13 @@ def _widen_panel(panels, at, lines, kind, codes, scales, columns, n, last):
 def _pair_panel(panels, at, words, lines, kind, codes, scales, columns, n, last):
     """The same in words of two bfloat16 numbers: half as deep."""
     depth = (columns + 1) // 2
+    if TILE_COLUMNS % SIDE == 0 and in_whole_runs(kind, columns, n):
+        if last - n <= TILE_COLUMNS - SIDE:
+            panels[at : at + depth * TILE_COLUMNS] = np.uint32(0)
+        for row in range(0, min(TILE_COLUMNS, last - n), SIDE):
+            into = panels[at + row :].ctypes.data
+            pair_run(kind, codes, scales, columns, n + row, into, 4 * TILE_COLUMNS)
+        return
     for eight in range(0, TILE_COLUMNS, 8):
         if kind == BFLOAT16 and columns % 2 == 0 and n + eight + 8 <= last:  # they are such words where they lie
             _turn(panels, at + eight, pairs_at(codes + 2 * columns * (n + eight), 8 * depth), depth, depth)
