@@ -6,6 +6,7 @@ With --read-bytes it is no model but a reading of so many bytes, as fast as this
 """
 
 import argparse
+import math
 import pathlib
 import sys
 import time
@@ -61,18 +62,19 @@ def random_weights(config: ModelConfig, chosen: str) -> StoredWeights:
             layout = FORMATS[kind]
             scale = np.float32(0.02 / (60 if kind == "int8" else 4)).view(np.uint32) >> np.uint32(16)
             scales = np.full(layout.scales_shape(shape), scale, np.uint16)
-            stored = np.resize(codes, layout.codes_shape(shape))
-            matrices[parameter.name] = StoredMatrix(kind, shape, stored, scales)
+            matrices[parameter.name] = StoredMatrix(kind, shape, aligned(codes, layout.codes_shape(shape)), scales)
         else:
             kind = kind or "bfloat16"
             matrices[parameter.name] = StoredMatrix(kind, shape, aligned(floats if kind == "float32" else words, shape))
     return StoredWeights(config, matrices, others)
 
 
-def aligned(numbers: Array, shape: tuple[int, int]) -> Array:
+def aligned(numbers: Array, shape: tuple[int, ...]) -> Array:
     """Numbers over and over, from a cache line on, as tensors lie in a file that this project wrote."""
-    made = aligned_empty((-(-shape[0] * shape[1] * numbers.itemsize // 4),)).view(numbers.dtype)[: shape[0] * shape[1]]
-    made[:] = np.resize(numbers, made.shape)
+    size = math.prod(shape)
+    made = aligned_empty((-(-size * numbers.itemsize // 4),)).view(numbers.dtype)[:size]
+    for begin in range(0, size, numbers.size):
+        made[begin : begin + numbers.size] = numbers[: size - begin]
     return made.reshape(shape)
 
 
