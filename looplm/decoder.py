@@ -10,7 +10,7 @@ from .cache import KeyValueCache
 from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
 from .kernels.cached_attention import attend_few, attend_many, score_size
-from .kernels.decoding import PHASES
+from .kernels.decoding import PHASES, TAPERED
 from .kernels.product.stored import FEW_ROWS, multiply, multiply_many, prepared_size, row_size, scratch_size
 from .kernels.product.widened import multiply_wide, multiply_wide_pairs
 from .kernels.rope import rope_tables
@@ -20,7 +20,8 @@ from .threads import Team
 
 LINE = 16  # floats in a cache line
 ITEM_BYTES = 1 << 15  # weights that a thread takes at once, at least: a microsecond or two
-MOST_ITEMS = 2  # of a product, for each thread: more are shorter streams, which memory is slower to follow
+LARGE_BYTES = 1 << 20  # weights of a product for each thread from which on it takes smaller and smaller items
+MOST_ITEMS = 2  # of any other product, for each thread: more are shorter streams, which memory is slower to follow
 FEW_UNIT, WIDE_UNIT = 16, 256  # outputs are taken in multiples of it, for a few rows and for many
 TILED_UNIT = 32  # for many rows in tile registers
 
@@ -111,7 +112,8 @@ class Decoder:
         items = []
         for matrix in (*matrices, self._weights.head):
             most = max(1, matrix.nbytes // ITEM_BYTES)
-            items.append(min(-(-matrix.shape[0] // unit), MOST_ITEMS * threads, most) if threads > 1 else 1)
+            many = TAPERED if matrix.nbytes >= LARGE_BYTES * threads else MOST_ITEMS
+            items.append(min(-(-matrix.shape[0] // unit), many * threads, most) if threads > 1 else 1)
         return np.array([unit, config.num_key_value_heads, *items])
 
     def cache_moved(self) -> None:
@@ -140,6 +142,7 @@ class Decoder:
             FEED_FORWARD=config.intermediate_size,
             LAYERS=config.num_hidden_layers,
             VOCABULARY=config.vocab_size,
+            THREADS=self._team.threads,
         )
         kinds = {matrix.plan[0] for name, matrix in weights.matrices.items() if name != EMBEDDING}
         self._kinds = kinds | {weights.head.plan[0]}

@@ -22,6 +22,8 @@ from .rmsnorm import row_rrms
 
 PHASES = 4  # of a layer: attention and the products before it, the one after it, gate and up, down
 (ATTEND, ATTENDED, GATE_UP, DOWN) = range(PHASES)
+SIZES, ENDS = (8, 4, 2, 1, 1), (8, 12, 14, 15, 16)  # of a thread's items, where they are not equal
+TAPERED = len(SIZES)
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
 
@@ -91,10 +93,16 @@ def _begin(plan):
 
 @njit
 def _share(plan, outputs, item, count):
-    """The outputs of an item, in whole units."""
-    unit = plan[field.UNIT]
-    units = (outputs + unit - 1) // unit
-    return min(outputs, units * item // count * unit), min(outputs, units * (item + 1) // count * unit)
+    """The outputs of an item, in whole units: equal shares, or of many items smaller and smaller ones.
+
+    Long streams are what memory is fast with, and short ones at the end keep threads from waiting for each other.
+    """
+    unit, threads = plan[field.UNIT], plan[field.THREADS]
+    units, first, last, whole = (outputs + unit - 1) // unit, item, item + 1, count
+    if count == TAPERED * threads:
+        part, number, whole = item // TAPERED * ENDS[-1], item % TAPERED, ENDS[-1] * threads
+        first, last = part + ENDS[number] - SIZES[number], part + ENDS[number]
+    return min(outputs, units * first // whole * unit), min(outputs, units * last // whole * unit)
 
 
 @njit

@@ -9,6 +9,7 @@ Python fills it in (looplm/decoder.py), kernels read it.  Every field is an int6
 (ROW_SLOT, ROW_B, ROW_POSITION, ROW_SIZE) = range(4)
 # The model's shape:
 (WIDTH_D, HEADS, GROUPS, CHANNELS, FEED_FORWARD, LAYERS, VOCABULARY) = range(8, 15)
+THREADS = 15  # of the team
 # Key/value cache, and tables for rotary positions:
 (CACHE_KIND, CAPACITY, CACHE_BATCH, KEYS, VALUES, START, COS, SIN) = range(16, 24)
 # Addresses of buffers that all threads share, and of the first thread's own and the step to the next:
