@@ -28,7 +28,7 @@ ROOMS = {  # room -> what its files may import besides the standard library
 OPTIONAL = {"looplm/template_worker.py": "chat"}  # file -> the extra that it may import from, alone
 COMPILERS = {"numba", "llvmlite"}
 MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in ("addresses", "amx", "cache_streams", "emission", "intrinsics")}
-MAY_COMPILE |= {f"looplm/kernels/{name}.py" for name in ("jit", "parts", "streams", "vectors")}
+MAY_COMPILE |= {f"looplm/kernels/{name}.py" for name in ("jit", "parts", "softmax", "streams", "vectors")}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
     "errors": set(),
     "arrays": set(),

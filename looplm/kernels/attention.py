@@ -5,9 +5,12 @@ register tile, which does all seven products; each tile of queries stops at the 
 A few queries at a time (decoding) take a kernel of their own, where packing would cost more than the arithmetic.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 
-from ..arrays import Floats, Ints
+from ..arrays import Floats, Ints, aligned_empty
 from .intrinsics import exp32, larger32
 from .jit import njit
 from .vectors import TILE_COLUMNS, TILE_ROWS, scale_eight, scale_one, tile, transpose_eight
@@ -299,14 +302,13 @@ def _attend_few(y, lse, q, k, v, keys, start, scores):
 
 
 def forward_buffer_size(keys: int, channels: int) -> int:
-    """Elements `attend_into` needs for up to so many keys."""
+    """Elements the forward pass needs for up to so many keys."""
     padded_keys, padded_channels = _padded(keys, channels)
     per_key, per_query = channels + padded_channels, 2 * padded_channels + padded_keys + TILE_COLUMNS
     return padded_keys * per_key + QUERY_BLOCK * per_query
 
 
-def backward_buffer_size(keys: int, channels: int) -> int:
-    """Elements `attend_backward_into` needs for so many keys."""
+def _backward_buffer_size(keys: int, channels: int) -> int:
     padded_keys, padded_channels = _padded(keys, channels)
     per_key = 2 * channels + 3 * padded_channels
     per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS)
@@ -317,42 +319,77 @@ def _padded(keys: int, channels: int) -> tuple[int, int]:
     return -(-keys // TILE_COLUMNS) * TILE_COLUMNS, -(-channels // TILE_COLUMNS) * TILE_COLUMNS
 
 
-def attend_into(
-    y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, keys: int, start: Ints, buffer: Floats
-) -> None:
-    """y: BSHK and lse: BSH from q: BSHK and the first `keys` positions of k, v: BPGK; all may be views."""
-    few = q.shape[1] <= FEW_QUERIES
-    (_attend_few if few else _attend)(y, lse, q, k, v, keys, start, buffer)
+class Attends(Protocol):
+    """One thread's attention over up to so many keys, all of which a call gives."""
+
+    def forward_into(self, y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, start: Ints) -> None:
+        """y: BSHK and lse: BSH from q: BSHK and k, v: BPGK; all may be views."""
+
+    def backward_into(
+        self,
+        dq: Floats,
+        dk: Floats,
+        dv: Floats,
+        dy: Floats,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        start: Ints,
+        y: Floats,
+        lse: Floats,
+    ) -> None:
+        """Overwrites dq: BSHK, dk, dv: BPGK; probabilities are computed again from `lse`, block by block."""
 
 
-def attend_backward_into(
-    dq: Floats,
-    dk: Floats,
-    dv: Floats,
-    dy: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    start: Ints,
-    y: Floats,
-    lse: Floats,
-    buffer: Floats,
-) -> None:
-    """Overwrites dq: BSHK, dk, dv: BPGK; probabilities are computed again from `lse`, block by block."""
-    _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer)
+class Attention:
+    """One thread's attention in float32 over up to `keys` keys, and if `backward` also its gradient."""
+
+    def __init__(self, keys: int, channels: int, backward: bool = False) -> None:
+        size = forward_buffer_size(keys, channels)
+        if backward:
+            size = max(size, _backward_buffer_size(keys, channels))
+        self._buffer = aligned_empty((size,))
+
+    def forward_into(self, y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, start: Ints) -> None:
+        few = q.shape[1] <= FEW_QUERIES
+        (_attend_few if few else _attend)(y, lse, q, k, v, k.shape[1], start, self._buffer)
+
+    def backward_into(
+        self,
+        dq: Floats,
+        dk: Floats,
+        dv: Floats,
+        dy: Floats,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        start: Ints,
+        y: Floats,
+        lse: Floats,
+    ) -> None:
+        _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, self._buffer)
 
 
-def attention_forward(q: Floats, k: Floats, v: Floats, start: Ints) -> tuple[Floats, Floats]:
-    y, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
-    buffer = np.empty(forward_buffer_size(k.shape[1], q.shape[3]), q.dtype)
-    attend_into(y, lse, q, k, v, k.shape[1], start, buffer)
-    return y, lse
+Forward = Callable[[Floats, Floats, Floats, Ints], tuple[Floats, Floats]]
+Backward = Callable[[Floats, Floats, Floats, Floats, Ints, Floats, Floats], tuple[Floats, Floats, Floats]]
 
 
-def attention_backward(
-    dy: Floats, q: Floats, k: Floats, v: Floats, start: Ints, y: Floats, lse: Floats
-) -> tuple[Floats, Floats, Floats]:
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    buffer = np.empty(backward_buffer_size(k.shape[1], q.shape[3]), q.dtype)
-    attend_backward_into(dq, dk, dv, dy, q, k, v, start, y, lse, buffer)
-    return dq, dk, dv
+def attention_with(kind: Callable[[int, int, bool], Attends]) -> tuple[Forward, Backward]:
+    """`attention_forward` and `attention_backward` by one of its implementations."""
+
+    def attention_forward(q: Floats, k: Floats, v: Floats, start: Ints) -> tuple[Floats, Floats]:
+        y, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
+        kind(k.shape[1], q.shape[3], False).forward_into(y, lse, q, k, v, start)
+        return y, lse
+
+    def attention_backward(
+        dy: Floats, q: Floats, k: Floats, v: Floats, start: Ints, y: Floats, lse: Floats
+    ) -> tuple[Floats, Floats, Floats]:
+        dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+        kind(k.shape[1], q.shape[3], True).backward_into(dq, dk, dv, dy, q, k, v, start, y, lse)
+        return dq, dk, dv
+
+    return attention_forward, attention_backward
+
+
+attention_forward, attention_backward = attention_with(Attention)
