@@ -12,7 +12,7 @@ import numpy as np
 from ..arrays import LINE, Array, Floats, Ints, aligned_empty
 from .amx import BLOCK, begin_tiles, end_tiles, multiply_block, tile_state
 from .jit import njit
-from .product.packing import empty_words, pack_right, pack_rows_of_transpose, pack_transposed, pair_rows
+from .product import packing
 from .softmax import LOG2_E, ROWS, differentiate, weigh
 from .vectors import (
     TILE_COLUMNS,
@@ -60,7 +60,7 @@ def _multiply(state, c, c_at, c_row, a, a_at, a_row, b, b_at, b_row, depth, accu
 def _pack_rows(words, x, depth):
     """words: rows x depth from x: rows x K, and zeros in what is left of the last strip."""
     rows = x.shape[0]
-    pair_rows(words, x, 0, rows, depth)
+    packing.pair_rows(words, x, 0, rows, depth)
     words[rows * depth : _up(rows) * depth] = _NOTHING
 
 
@@ -169,8 +169,8 @@ def _attend(y, lse, q, k, v, start, words, floats, state):
     for b in range(batch):
         first_key = start[b]
         for group in range(groups):
-            pack_transposed(key_panels, k[b, :, group], lines[: 8 * depth], BLOCK, depth)
-            pack_right(value_panels, v[b, :, group], 0, keys, BLOCK, padded_keys // 2)
+            packing.pack_transposed(key_panels, k[b, :, group], lines[: 8 * depth], BLOCK, depth)
+            packing.pack_right(value_panels, v[b, :, group], 0, keys, BLOCK, padded_keys // 2)
             for head in range(group * per_group, (group + 1) * per_group):
                 for begin in range(0, queries, QUERY_BLOCK):
                     rows = min(QUERY_BLOCK, queries - begin)
@@ -246,9 +246,9 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
     for b in range(batch):
         first_key = start[b]
         for group in range(groups):
-            pack_transposed(key_columns, k[b, :, group], lines[: 8 * depth], BLOCK, depth)
-            pack_transposed(value_columns, v[b, :, group], lines[: 8 * depth], BLOCK, depth)
-            pack_right(key_panels, k[b, :, group], 0, keys, BLOCK, padded_keys // 2)
+            packing.pack_transposed(key_columns, k[b, :, group], lines[: 8 * depth], BLOCK, depth)
+            packing.pack_transposed(value_columns, v[b, :, group], lines[: 8 * depth], BLOCK, depth)
+            packing.pack_right(key_panels, k[b, :, group], 0, keys, BLOCK, padded_keys // 2)
             dkey[:] = _ZERO
             dvalue[:] = _ZERO
             for head in range(group * per_group, (group + 1) * per_group):
@@ -258,8 +258,8 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
                     q_own, dy_own = q[b, begin : begin + rows, head], dy[b, begin : begin + rows, head]
                     _pack_rows(q_rows, q_own, depth)
                     _pack_rows(dy_rows, dy_own, depth)
-                    pack_rows_of_transpose(q_turned, lines, q_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
-                    pack_rows_of_transpose(dy_turned, lines, dy_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
+                    packing.pack_rows_of_transpose(q_turned, lines, q_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
+                    packing.pack_rows_of_transpose(dy_turned, lines, dy_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
                     following = b * heads + head + 1
                     _ask_for(q, following // heads, begin, rows, following % heads, False)
                     _ask_for(dy, following // heads, begin, rows, following % heads, False)
@@ -323,7 +323,7 @@ class PairAttention:
                 3 * of_keys + 4 * of_queries + 3 * scores // 2,
                 2 * (width * row + of_queries + QUERY_BLOCK + scores),
             )
-        self._words, self._floats = empty_words(words + 8 * width), aligned_empty((floats,))
+        self._words, self._floats = packing.empty_words(words + 8 * width), aligned_empty((floats,))
         self._state: Array | None = None
 
     def forward_into(self, y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, start: Ints) -> None:

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from .emission import constant, declared, multiply_add, vector
 from .jit import JIT_DISABLED
-from .vectors import PAIR_EMISSION, WIDTH, _Bfloat, _bfloat_bits, _from, _load, _pointer, _spread, _store, bfloat_bits
+from .vectors import PAIR_EMISSION, WIDTH, _Bfloat, _bfloat_words, _from, _load, _pointer, _spread, _store, bfloat_bits
 
 LOG2_E = np.float32(1.4426950408889634)
 
@@ -50,7 +50,6 @@ def _exp2(builder, x):
 
 def _words(builder, low, high, neighbours):
     """Words of two lines rounded to bfloat16: number i of both in word i, or neighbours of all 2 x WIDTH numbers."""
-    ordered = [2 * i + odd for odd in (0, 1) for i in range(WIDTH)]
     if PAIR_EMISSION == "dot":
         both = ir.VectorType(_Bfloat(), 2 * WIDTH)
         function = declared(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", both, [_LINE, _LINE])
@@ -59,11 +58,7 @@ def _words(builder, low, high, neighbours):
             mask = [half * WIDTH + i for i in range(WIDTH) for half in (0, 1)]
             shorts = builder.shuffle_vector(shorts, shorts, ir.Constant(vector(_I32, 2 * WIDTH), mask))
         return builder.bitcast(shorts, _BITS)
-    if neighbours:
-        masks = (ir.Constant(_BITS, ordered[:WIDTH]), ir.Constant(_BITS, ordered[WIDTH:]))
-        low, high = (builder.shuffle_vector(low, high, mask) for mask in masks)
-    lower = builder.lshr(_bfloat_bits(builder, low), constant(_BITS, 16))
-    return builder.or_(lower, builder.and_(_bfloat_bits(builder, high), constant(_BITS, -65536)))
+    return _bfloat_words(builder, low, high, neighbours)
 
 
 def _sight(builder, first, last):
@@ -82,9 +77,14 @@ def _lanes(builder, key, half, sight):
     return builder.icmp_unsigned("<", builder.add(begin, _spread(builder, at, WIDTH)), span)
 
 
-def _steps(builder, count):
-    """The first key of every 2 x WIDTH."""
-    return cgutils.for_range_slice(builder, _I64(0), count, _I64(2 * WIDTH), _I64)
+def _over_keys(builder, count, first, last, emit):
+    """emit(key, some) for every 2 x WIDTH keys; `some` is false where all are seen: up to `last` if `first` is 0."""
+    whole = builder.and_(builder.add(last, _I64(1)), _I64(-2 * WIDTH))
+    whole = builder.select(builder.icmp_signed("<", whole, count), whole, count)
+    whole = builder.select(builder.icmp_signed("==", first, _I64(0)), whole, _I64(0))
+    for begin, end, some in ((_I64(0), whole, False), (whole, count, True)):
+        with cgutils.for_range_slice(builder, begin, end, _I64(2 * WIDTH), _I64) as (key, _):
+            emit(key, some)
 
 
 def _reduced(builder, kind, line, *start):
@@ -121,11 +121,16 @@ def _weigh(typing_context, words, words_at, words_step, scores, at, step, count,
             return builder.select(builder.fcmp_ordered(">", a, b), a, b)
 
         largest = [[cgutils.alloca_once_value(builder, unseen) for _ in halves] for _ in rows]
-        with _steps(builder, count) as (key, _):
+
+        def find_largest(key, some):
             for row in rows:
                 for half in halves:
-                    seen = builder.select(_lanes(builder, key, half, sights[row]), line(row, key, half), unseen)
-                    builder.store(larger(seen, builder.load(largest[row][half])), largest[row][half])
+                    found = line(row, key, half)
+                    if some:
+                        found = builder.select(_lanes(builder, key, half, sights[row]), found, unseen)
+                    builder.store(larger(found, builder.load(largest[row][half])), largest[row][half])
+
+        _over_keys(builder, count, first, last, find_largest)
         shifts = []
         for row in rows:
             both = larger(*(builder.load(part) for part in largest[row]))
@@ -134,15 +139,19 @@ def _weigh(typing_context, words, words_at, words_step, scores, at, step, count,
             shifts.append(_spread(builder, builder.fneg(shift), WIDTH))
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in halves] for _ in rows]
         into = [place(0, words, words_at, words_step, row) for row in rows]
-        with _steps(builder, count) as (key, _):
+
+        def add_up(key, some):
             for row in rows:
                 weights = []
                 for half in halves:
-                    power = _exp2(builder, multiply_add(builder, line(row, key, half), factor, shifts[row]))
-                    weights.append(builder.select(_lanes(builder, key, half, sights[row]), power, zero))
-                    total = builder.fadd(builder.load(totals[row][half]), weights[-1])
-                    builder.store(total, totals[row][half])
+                    weight = _exp2(builder, multiply_add(builder, line(row, key, half), factor, shifts[row]))
+                    if some:
+                        weight = builder.select(_lanes(builder, key, half, sights[row]), weight, zero)
+                    builder.store(builder.fadd(builder.load(totals[row][half]), weight), totals[row][half])
+                    weights.append(weight)
                 _store(builder, _words(builder, *weights, True), builder.gep(into[row], [builder.lshr(key, _I64(1))]))
+
+        _over_keys(builder, count, first, last, add_up)
         for row in rows:
             both = builder.fadd(*(builder.load(part) for part in totals[row]))
             total = _reduced(builder, "fadd", both, ir.Constant(_F32, 0.0))
@@ -226,25 +235,31 @@ def _differentiate(
             )
         prob_into, dscore_into = word(prob_at), word(dscore_at)
         rows_into = [word(rows_at), word(builder.add(rows_at, rows_step))]
-        with _steps(builder, count) as (key, _):
+
+        def both_rows(key, some):
             prob, dscore = [], []
             for score_start, dprob_start, sight, shift, dot in rows:
                 for half in (0, 1):
-                    seen = _lanes(builder, key, half, sight)
                     at = builder.add(key, _I64(half * WIDTH))
                     score, dprob = (
                         _load(builder, builder.gep(start, [at]), _LINE) for start in (score_start, dprob_start)
                     )
                     weight = _exp2(builder, multiply_add(builder, score, log2, shift))
                     change = builder.fmul(weight, multiply_add(builder, dprob, factor, dot))
-                    prob.append(builder.select(seen, weight, zero))
-                    dscore.append(builder.select(seen, change, zero))
+                    if some:
+                        seen = _lanes(builder, key, half, sight)
+                        weight, change = (builder.select(seen, line, zero) for line in (weight, change))
+                    prob.append(weight)
+                    dscore.append(change)
             for into, lines in ((prob_into, prob), (dscore_into, dscore)):
                 for half in (0, 1):
                     at = builder.add(key, _I64(half * WIDTH))
                     _store(builder, _words(builder, lines[half], lines[half + 2], False), builder.gep(into, [at]))
             for into, lines in zip(rows_into, (dscore[:2], dscore[2:]), strict=True):
                 _store(builder, _words(builder, *lines, True), builder.gep(into, [builder.lshr(key, _I64(1))]))
+
+        least = builder.select(builder.icmp_signed("<", last, below), last, below)
+        _over_keys(builder, count, first, least, both_rows)
         return context.get_dummy_value()
 
     i, f = types.intp, types.float32
