@@ -30,12 +30,13 @@ def _up(value, unit):
 
 
 @njit
-def _cut(buffer, size):
+def cut(buffer, size):
+    """The first elements of a buffer, and what is left of it."""
     return buffer[:size], buffer[size:]
 
 
 @njit
-def _scale_row(into, into_at, source, source_at, count, factor):
+def scale_row(into, into_at, source, source_at, count, factor):
     """`count` numbers times `factor`.  Plain loops would ask at every row whether the two overlap: 10 ns each."""
     for c in range(0, count - 7, 8):
         scale_eight(into, into_at + c, source, source_at + c, factor)
@@ -49,18 +50,18 @@ def _pack_rows(into, width, x, factor):
     rows, channels = x.shape
     step = x.strides[0] // 4
     for i in range(rows):
-        _scale_row(into, i * width, x, i * step, channels, factor)
+        scale_row(into, i * width, x, i * step, channels, factor)
         for c in range(channels, width):
             into[i * width + c] = _ZERO
     into[rows * width : _up(rows, TILE_ROWS) * width] = _ZERO
 
 
 @njit
-def _unpack_rows(x, rows, width, factor):
+def unpack_rows(x, rows, width, factor):
     """x: rows x K from `rows` of `width`, times `factor`."""
     step = x.strides[0] // 4
     for i in range(x.shape[0]):
-        _scale_row(x, i * step, rows, i * width, x.shape[1], factor)
+        scale_row(x, i * step, rows, i * width, x.shape[1], factor)
 
 
 @njit
@@ -95,7 +96,7 @@ def _pack_panels(panels, x, padded):
         width = min(TILE_COLUMNS, channels - first)
         for i in range(rows):
             at = first * padded + i * TILE_COLUMNS
-            _scale_row(panels, at, x, i * step + first, width, _ONE)
+            scale_row(panels, at, x, i * step + first, width, _ONE)
             for c in range(width, TILE_COLUMNS):
                 panels[at + c] = _ZERO
 
@@ -147,8 +148,8 @@ def pack_keys(buffer, k, v):
     """k, v: PK -> their panels, for `attend_head`, and what is left of the buffer."""
     keys, channels = k.shape
     padded_keys = _up(keys, TILE_COLUMNS)
-    key_panels, rest = _cut(buffer, padded_keys * channels)
-    value_panels, rest = _cut(rest, padded_keys * _up(channels, TILE_COLUMNS))
+    key_panels, rest = cut(buffer, padded_keys * channels)
+    value_panels, rest = cut(rest, padded_keys * _up(channels, TILE_COLUMNS))
     _pack_columns(key_panels, k)
     _pack_panels(value_panels, v, padded_keys)
     return key_panels, value_panels, rest
@@ -161,8 +162,8 @@ def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
     scale = np.float32(1.0 / np.sqrt(channels))
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
     stride = padded_keys + TILE_COLUMNS  # a power of two would put a column of scores into one cache set
-    q_rows, rest = _cut(buffer, QUERY_BLOCK * padded_channels)
-    out, scores = _cut(rest, QUERY_BLOCK * padded_channels)
+    q_rows, rest = cut(buffer, QUERY_BLOCK * padded_channels)
+    out, scores = cut(rest, QUERY_BLOCK * padded_channels)
     for begin in range(0, queries, QUERY_BLOCK):
         rows = min(QUERY_BLOCK, queries - begin)
         diagonal = keys - queries + begin  # the last key that the block's first query sees
@@ -192,7 +193,7 @@ def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
         _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
         step = y.strides[0] // 4
         for i in range(rows):
-            _scale_row(y, (begin + i) * step, out, i * padded_channels, channels, q_rows[i])
+            scale_row(y, (begin + i) * step, out, i * padded_channels, channels, q_rows[i])
 
 
 @njit
@@ -214,15 +215,15 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
     scale = np.float32(1.0 / np.sqrt(channels))
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
     stride = padded_keys + TILE_COLUMNS
-    key_columns, rest = _cut(buffer, padded_keys * channels)
-    value_columns, rest = _cut(rest, padded_keys * channels)
-    key_panels, rest = _cut(rest, padded_keys * padded_channels)
-    dkey, rest = _cut(rest, (padded_keys + TILE_ROWS) * padded_channels)  # a last tile may reach beyond the last key
-    dvalue, rest = _cut(rest, (padded_keys + TILE_ROWS) * padded_channels)
-    q_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
-    dy_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
-    out, rest = _cut(rest, QUERY_BLOCK * padded_channels)
-    prob, dscores = _cut(rest, QUERY_BLOCK * stride)
+    key_columns, rest = cut(buffer, padded_keys * channels)
+    value_columns, rest = cut(rest, padded_keys * channels)
+    key_panels, rest = cut(rest, padded_keys * padded_channels)
+    dkey, rest = cut(rest, (padded_keys + TILE_ROWS) * padded_channels)  # a last tile may reach beyond the last key
+    dvalue, rest = cut(rest, (padded_keys + TILE_ROWS) * padded_channels)
+    q_rows, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    dy_rows, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    out, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    prob, dscores = cut(rest, QUERY_BLOCK * stride)
     for b in range(batch):
         first_key = start[b]
         for group in range(groups):
@@ -258,12 +259,12 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
                             p[j] = weight
                             d[j] = weight * (d[j] - dot)
                     _weighted(out, padded_channels, dscores, stride, key_panels, padded_keys, keys, rows, diagonal)
-                    _unpack_rows(dq[b, block, head], out, padded_channels, scale)
+                    unpack_rows(dq[b, block, head], out, padded_channels, scale)
                     seen = min(diagonal + rows, keys)
                     _collect(dkey, padded_channels, dscores, stride, q_rows, rows, seen, diagonal)
                     _collect(dvalue, padded_channels, prob, stride, dy_rows, rows, seen, diagonal)
-            _unpack_rows(dk[b, :, group], dkey, padded_channels, _ONE)
-            _unpack_rows(dv[b, :, group], dvalue, padded_channels, _ONE)
+            unpack_rows(dk[b, :, group], dkey, padded_channels, _ONE)
+            unpack_rows(dv[b, :, group], dvalue, padded_channels, _ONE)
 
 
 @njit

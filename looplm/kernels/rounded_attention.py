@@ -11,6 +11,7 @@ import numpy as np
 
 from ..arrays import LINE, Array, Floats, Ints, aligned_empty
 from .amx import BLOCK, begin_tiles, end_tiles, multiply_block, tile_state
+from .attention import cut, scale_row, unpack_rows
 from .jit import njit
 from .product import packing
 from .softmax import LOG2_E, ROWS, differentiate, weigh
@@ -19,8 +20,6 @@ from .vectors import (
     TILE_ROWS,
     fetch_to_read,
     fetch_to_write,
-    scale_eight,
-    scale_one,
     tile,
     tile_of_one_row,
     transpose_eight,
@@ -34,11 +33,6 @@ _ZERO, _ONE, _NOTHING = np.float32(0.0), np.float32(1.0), np.uint32(0)
 @njit
 def _up(count):
     return (count + BLOCK - 1) // BLOCK * BLOCK
-
-
-@njit
-def _cut(buffer, size):
-    return buffer[:size], buffer[size:]
 
 
 @njit(forceinline=True)
@@ -117,22 +111,6 @@ def _ask_for(x, b, begin, rows, head, written):
 
 
 @njit
-def _copy_rows(x, rows, width):
-    """x: rows x K from `rows` of `width`."""
-    channels, step = x.shape[1], x.strides[0] // 4
-    for i in range(x.shape[0]):
-        _scale_row(x, i * step, rows, i * width, channels, _ONE)
-
-
-@njit
-def _scale_row(into, into_at, source, source_at, count, factor):
-    for c in range(0, count - 7, 8):
-        scale_eight(into, into_at + c, source, source_at + c, factor)
-    for c in range(count // 8 * 8, count):
-        scale_one(into, into_at + c, source, source_at + c, factor)
-
-
-@njit
 def _turn_back(x, turned, stride):
     """x: PK from turned: K x stride."""
     keys, channels = x.shape
@@ -155,14 +133,14 @@ def _attend(y, lse, q, k, v, start, words, floats, state):
     padded_keys, width = _up(keys), _up(channels)
     depth, stride = width // 2, padded_keys + BLOCK  # a power of two would put a column of scores into one cache set
     half = stride // 2
-    key_panels, rest = _cut(words, padded_keys * depth)
-    value_panels, rest = _cut(rest, padded_keys * depth)
-    lines, rest = _cut(rest, 8 * width)
-    q_rows, prob = _cut(rest, QUERY_BLOCK * depth)
+    key_panels, rest = cut(words, padded_keys * depth)
+    value_panels, rest = cut(rest, padded_keys * depth)
+    lines, rest = cut(rest, 8 * width)
+    q_rows, prob = cut(rest, QUERY_BLOCK * depth)
     prob[: QUERY_BLOCK * half] = _NOTHING  # a block's last rows may be none
-    out, rest_floats = _cut(floats, QUERY_BLOCK * width)
-    divisor, rest_floats = _cut(rest_floats, QUERY_BLOCK)
-    stats, scores = _cut(rest_floats, 2 * QUERY_BLOCK)
+    out, rest_floats = cut(floats, QUERY_BLOCK * width)
+    divisor, rest_floats = cut(rest_floats, QUERY_BLOCK)
+    stats, scores = cut(rest_floats, 2 * QUERY_BLOCK)
     log2 = scale * LOG2_E
     if state is not None:
         begin_tiles(state)
@@ -209,7 +187,7 @@ def _attend(y, lse, q, k, v, start, words, floats, state):
                     own = y[b, begin : begin + rows, head]
                     step = own.strides[0] // 4
                     for i in range(rows):
-                        _scale_row(own, i * step, out, i * width, channels, divisor[i])
+                        scale_row(own, i * step, out, i * width, channels, divisor[i])
     if state is not None:
         end_tiles(state)
 
@@ -223,23 +201,23 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
     padded_keys, width = _up(keys), _up(channels)
     depth, stride = width // 2, padded_keys + BLOCK
     half = stride // 2
-    key_columns, rest = _cut(words, padded_keys * depth)
-    value_columns, rest = _cut(rest, padded_keys * depth)
-    key_panels, rest = _cut(rest, padded_keys * depth)
-    lines, rest = _cut(rest, 8 * width)
-    q_rows, rest = _cut(rest, QUERY_BLOCK * depth)
-    dy_rows, rest = _cut(rest, QUERY_BLOCK * depth)
-    q_turned, rest = _cut(rest, QUERY_BLOCK * depth)
-    dy_turned, rest = _cut(rest, QUERY_BLOCK * depth)
+    key_columns, rest = cut(words, padded_keys * depth)
+    value_columns, rest = cut(rest, padded_keys * depth)
+    key_panels, rest = cut(rest, padded_keys * depth)
+    lines, rest = cut(rest, 8 * width)
+    q_rows, rest = cut(rest, QUERY_BLOCK * depth)
+    dy_rows, rest = cut(rest, QUERY_BLOCK * depth)
+    q_turned, rest = cut(rest, QUERY_BLOCK * depth)
+    dy_turned, rest = cut(rest, QUERY_BLOCK * depth)
     q_turned[:] = _NOTHING  # channels that are none
     dy_turned[:] = _NOTHING
     pairs = rest  # of probabilities, of gradients of scores, and the latter in rows
-    prob_pairs, rest = _cut(rest, QUERY_BLOCK * half)
-    dscore_pairs, dscore_rows = _cut(rest, QUERY_BLOCK * half)
-    dkey, rest_floats = _cut(floats, width * stride)
-    dvalue, rest_floats = _cut(rest_floats, width * stride)
-    out, rest_floats = _cut(rest_floats, QUERY_BLOCK * width)
-    shifts, scores = _cut(rest_floats, 2 * QUERY_BLOCK)
+    prob_pairs, rest = cut(rest, QUERY_BLOCK * half)
+    dscore_pairs, dscore_rows = cut(rest, QUERY_BLOCK * half)
+    dkey, rest_floats = cut(floats, width * stride)
+    dvalue, rest_floats = cut(rest_floats, width * stride)
+    out, rest_floats = cut(rest_floats, QUERY_BLOCK * width)
+    shifts, scores = cut(rest_floats, 2 * QUERY_BLOCK)
     dprob = scores[QUERY_BLOCK * stride :]
     if state is not None:
         begin_tiles(state)
@@ -301,7 +279,7 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
                             QUERY_BLOCK + i,
                         )
                     _weighted(state, out, width, rows, dscore_rows, half, key_panels, padded_keys, diagonal, keys)
-                    _copy_rows(dq[b, begin : begin + rows, head], out, width)
+                    unpack_rows(dq[b, begin : begin + rows, head], out, width, _ONE)
                     _collect(state, dkey, stride, width, rows, q_turned, dscore_pairs, diagonal, keys)
                     _collect(state, dvalue, stride, width, rows, dy_turned, prob_pairs, diagonal, keys)
             _turn_back(dk[b, :, group], dkey, stride)
