@@ -29,7 +29,7 @@ SHAPE = ModelConfig(
 
 
 def compile_gradient() -> None:
-    """What a training step compiles besides matrix products."""
+    """What a training step compiles besides matrix products, and attention in float32."""
     train, loops = TrainConfig(), SHAPE.total_ut_steps
     ids, target = np.zeros((1, 16), np.int64), np.ones((1, 16), np.int64)
     workspace = GradientWorkspace(SHAPE, *ids.shape, threads=1, path=PATHS["blas"])

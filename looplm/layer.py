@@ -13,7 +13,7 @@ import numpy as np
 
 from .arrays import Array, Floats, Ints, aligned_empty, lined_up
 from .config import ModelConfig
-from .kernels import attention, rmsnorm, rope, swiglu
+from .kernels import rmsnorm, rope, swiglu
 from .kernels.product import BlasProducts, Products
 from .weights import LayerWeights
 
@@ -76,7 +76,7 @@ class Activations:
 
 
 class Scratch:
-    """Buffers whose content nobody needs after the call, and who multiplies matrices for it."""
+    """Buffers whose content nobody needs after the call, and who multiplies matrices and attends for it."""
 
     def __init__(
         self,
@@ -94,16 +94,14 @@ class Scratch:
         self.normed = aligned_empty((block, config.hidden_size))
         self.mid = aligned_empty((block, config.hidden_size))
         self.activated = aligned_empty((block, config.intermediate_size))
-        buffer_size = attention.forward_buffer_size(keys, channels)
+        self.attention = self.products.attention(keys, channels, backward)
         if backward:
             heads, groups = config.num_attention_heads, config.num_key_value_heads
-            buffer_size = max(buffer_size, attention.backward_buffer_size(keys, channels))
             self.dqkv = aligned_empty((rows, (heads + 2 * groups) * channels))
             self.dattention = aligned_empty((rows, heads * channels))
             self.dout = aligned_empty((block, config.hidden_size))
             self.dactivated = aligned_empty((block, config.intermediate_size))
             self.dgate_up = aligned_empty((block, 2 * config.intermediate_size))
-        self.attention = aligned_empty((buffer_size,))
 
     def blocks(self) -> Iterator[slice]:
         """All rows, a block at a time."""
@@ -136,7 +134,7 @@ def layer_forward(
         _project(layer, config, x[block], block, saved, scratch, place)
     q, k, v = split_heads(config, saved.qkv, place)
     y, lse = _heads(saved.attention, place, config.head_dim), _heads(saved.lse, place, 1)[..., 0]
-    attention.attend_into(y, lse, q, k, v, place.length, place.start, scratch.attention)
+    scratch.attention.forward_into(y, lse, q, k, v, place.start)
     for block in scratch.blocks():
         _mix(layer, config, x[block], out[block], block, saved, scratch)
 
@@ -218,7 +216,7 @@ def layer_backward(
         _mix_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch)
     q, k, v = split_heads(config, saved.qkv, place)
     dq, dk, dv = split_heads(config, scratch.dqkv, place)
-    attention.attend_backward_into(
+    scratch.attention.backward_into(
         dq,
         dk,
         dv,
@@ -229,7 +227,6 @@ def layer_backward(
         place.start,
         _heads(saved.attention, place, config.head_dim),
         _heads(saved.lse, place, 1)[..., 0],
-        scratch.attention,
     )
     for block in scratch.blocks():
         _project_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch, place)

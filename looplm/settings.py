@@ -86,7 +86,7 @@ class TrainConfig:
     threads: int = 0  # 0: one per processor core
     dtype: str = "float32"  # how the model folder stores weights; bfloat16 halves it
     recompute: str = "auto"  # what backward computes again: none, loop, layer; auto: the first that fits into memory
-    precision: str = "auto"  # of the matrix products: fp32, bf16; auto: bf16 where that is clearly quicker
+    precision: str = "auto"  # of all matrix products, in attention too: fp32, bf16; auto: bf16 where clearly quicker
     kernels: str = ""  # path of the matrix products; empty: the quickest, as measured
 
     def __post_init__(self) -> None:

@@ -27,8 +27,8 @@ ROOMS = {  # room -> what its files may import besides the standard library
 }
 OPTIONAL = {"looplm/template_worker.py": "chat"}  # file -> the extra that it may import from, alone
 COMPILERS = {"numba", "llvmlite"}
-_COMPILING = "addresses amx cache_streams emission integer_lines integer_streams intrinsics jit parts streams vectors"
-MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in _COMPILING.split()}
+_SPELLED = "addresses amx cache_streams emission integer_lines intrinsics jit parts softmax streams vectors"
+MAY_COMPILE = {f"looplm/kernels/{name}.py" for name in [*_SPELLED.split(), "integer_streams"]}
 BELOW = {  # module of the engine -> the only other modules of the engine it may import
     "errors": set(),
     "arrays": set(),

@@ -14,7 +14,7 @@ from looplm import memory
 from looplm.arrays import aligned_empty, without_memory
 from looplm.errors import ConfigError
 from looplm.gradient import GradientWorkspace
-from looplm.kernels.product.select import PATHS
+from looplm.kernels.product.select import PATHS, Path
 from looplm.memory import (
     PROCESS,
     SHARE,
@@ -83,6 +83,14 @@ def test_the_prediction_is_what_a_workspace_has(batch: int, threads: int, recomp
     assert parts["weights"] == 4 * parameter_count(CONFIG)
     assert parts["moments"] == 2 * parts["weights"]
     assert parts["packed weights"] == nbytes(list(workspace.rooms.values())) > 0
+
+
+@pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: path.name)
+def test_the_prediction_knows_what_a_path_multiplies_and_attends_with(path: Path) -> None:
+    workspace = GradientWorkspace(CONFIG, 5, 9, THREADS, "none", path)
+    parts = predicted_peak(CONFIG, 5, 9, THREADS, "none", path)
+    names = ("activations", "gradients", "layer outputs", "loop states", "logits", "scratch")
+    assert sum(parts[name] for name in names) == nbytes(workspace.shards)
 
 
 def test_each_mode_keeps_less() -> None:

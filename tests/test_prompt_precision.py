@@ -10,7 +10,7 @@ from looplm.kernels.product.stored import FEW_ROWS
 from looplm.kernels.product.widened import multiply_wide_pairs, wide_scratch_size
 from looplm.safetensors_file import round_to_bfloat16, widen_bfloat16
 from looplm.stored import FORMATS, Format, StoredWeights, convert
-from looplm_reference.bfloat16 import PROMPT_TOLERANCE, Bfloat16LoopLM
+from looplm_reference.bfloat16 import PROMPT_TOLERANCE, Bfloat16PromptLM
 from random_models import random_ids, random_weights, relative_error
 from stored_models import in_format
 
@@ -53,7 +53,7 @@ def test_a_long_prompt_is_that_of_a_model_that_rounds_operands(name: Format) -> 
         exact = Session(weights, batch=2).feed(ids).hidden[0]
         weights.prompt_precision = "bf16"
         found = Session(weights, batch=2).feed(ids).hidden[0]
-        expected = Bfloat16LoopLM(widened.tensors, model_config_to_json(widened.config)).forward(ids)["hidden"][0]
+        expected = Bfloat16PromptLM(widened.tensors, model_config_to_json(widened.config)).forward(ids)["hidden"][0]
         assert relative_error(found, expected) < PROMPT_TOLERANCE < relative_error(exact, expected)
 
 

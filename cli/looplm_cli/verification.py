@@ -18,6 +18,7 @@ from looplm.checkpoint import load_model
 from looplm.config import ModelConfig, model_config_from_json
 from looplm.errors import VerificationError
 from looplm.generation import Session
+from looplm.kernels.attention import attention_with
 from looplm.kernels.linear import linear_on
 from looplm.kernels.product.select import PATHS, Path, measured
 from looplm.kernels.product.stored import FEW_ROWS
@@ -109,12 +110,32 @@ def _products() -> Iterator[Check]:
         if path.name in faults:
             yield _found_wrong(path, faults[path.name])
             continue
-        forward, backward = linear_on(path)
-        candidate = types.SimpleNamespace(linear_forward=forward, linear_backward=backward)
-        truth = bfloat16.linear if path.precision == "bf16" else ops
+        truth = bfloat16.products if path.precision == "bf16" else ops
         every = (*contract.DIMS, LARGE_PRODUCT)
-        rows = [row for dims in every for row in contract.check(candidate, "linear", dims, truth=truth)]
+        rows = [row for dims in every for row in contract.check(candidate_on(path), "linear", dims, truth=truth)]
         yield _compared(path_name(path), rows)
+        if path.precision == "bf16":  # the other's attention is checked as an operation
+            yield _compared(f"{path_name(path)}: attention", _rounded_attention(path))
+
+
+def candidate_on(path: Path) -> types.SimpleNamespace:
+    """The operations that are products, as this path has them."""
+    linear, attention = linear_on(path), attention_with(path.products([(1, 1)]).attention)
+    return types.SimpleNamespace(
+        linear_forward=linear[0],
+        linear_backward=linear[1],
+        attention_forward=attention[0],
+        attention_backward=attention[1],
+    )
+
+
+def _rounded_attention(path: Path) -> list[Row]:
+    candidate, tolerance = candidate_on(path), bfloat16.ATTENTION_TOLERANCE
+    return [
+        row
+        for dims in contract.DIMS
+        for row in contract.check(candidate, "attention", dims, tolerance=tolerance, truth=bfloat16.products)
+    ]
 
 
 def path_name(path: Path) -> str:
@@ -140,12 +161,12 @@ def _training(threads: int) -> Iterator[Check]:
 
 
 def _bfloat16_mutants() -> Iterator[Check]:
-    for name, (products, in_model) in bfloat16.MUTANTS.items():
-        rows = [row for row in bfloat16.first_failures(products, in_model) if row is not None]
-        if in_model:  # a long prompt shows it too
-            wrong = _long_prompt("grouped", bfloat16.model_of(products))
-            rows += [row for row in [contract.first_failure(wrong)] if row is not None]
-        yield Check(name, len(rows) == 1 + 2 * in_model, rows)
+    for name, mutant in bfloat16.MUTANTS.items():
+        found = bfloat16.first_failures(mutant)
+        if mutant.in_model and "linear" in mutant.shown_by:  # a long prompt shows it too
+            wrong = _long_prompt("grouped", bfloat16.prompt_model_of(mutant.products))
+            found.append(contract.first_failure(wrong))
+        yield Check(name, None not in found, [row for row in found if row is not None])
 
 
 def _quantized() -> Iterator[Check]:
@@ -229,8 +250,8 @@ def _in_bfloat16(name: str) -> Iterator[Row]:
         yield Row(f"{name}: bfloat16.{what}", contract.relative_error(expected[what], array), judge.TOLERANCE)
 
 
-def _long_prompt(name: str, truth: type[LoopLM] = bfloat16.Bfloat16LoopLM) -> Iterator[Row]:
-    """More positions than are decoded as few, with operands rounded to bfloat16, against a model that rounds them.
+def _long_prompt(name: str, truth: type[LoopLM] = bfloat16.Bfloat16PromptLM) -> Iterator[Row]:
+    """More positions than are decoded as few, what meets a weight rounded to bfloat16, against a model that rounds it.
 
     After one loop: further ones make much of an operand that fell the other way.
     """

@@ -30,6 +30,7 @@ from .jit import JIT_DISABLED, TILE_FEATURES, features, njit
 NATIVE = not JIT_DISABLED and features() >= TILE_FEATURES
 NATIVE_BYTES = NATIVE and "amx-int8" in features()
 SIDE = 16  # rows of a register, and 32-bit words of its rows
+BLOCK = 2 * SIDE  # rows, and columns, of the sums that four registers hold
 
 _TILES, _REGISTER = 8, SIDE * SIDE
 _HEADER = 2 * _TILES  # words of the state before the registers: rows of each, then words of each's rows
@@ -229,3 +230,39 @@ load_tile_at = _instruction(_load_at, _load_at_emulated)
 store_tile = _instruction(_move("tilestored64"), _store_emulated)
 dot_tiles = _instruction(_product("tdpbf16ps"), _dot_emulated)
 dot_bytes = _instruction(_product("tdpbsud"), _dot_bytes_emulated)
+
+
+# ---- what is made of them
+
+
+@njit(forceinline=True)
+def multiply_block(state, c, c_at, c_row, a, a_at, a_row, b, b_at, b_row, depth, accumulate):
+    """c: BLOCK x BLOCK (+)= a: BLOCK x depth words, times b: depth x BLOCK words; registers 0 to 3 hold the sums.
+
+    Compiled into what calls it: some thirty numbers go with a call, which takes as long as a short sum.
+    """
+    low = c_at + SIDE * c_row
+    if accumulate:
+        load_tile(state, 0, c, c_at, c_row)
+        load_tile(state, 1, c, c_at + SIDE, c_row)
+        load_tile(state, 2, c, low, c_row)
+        load_tile(state, 3, c, low + SIDE, c_row)
+    else:
+        zero_tile(state, 0)
+        zero_tile(state, 1)
+        zero_tile(state, 2)
+        zero_tile(state, 3)
+    for k in range(0, depth, SIDE):
+        rows, columns = a_at + k, b_at + k * b_row
+        load_tile(state, 4, a, rows, a_row)
+        load_tile(state, 6, b, columns, b_row)
+        dot_tiles(state, 0, 4, 6)
+        load_tile(state, 7, b, columns + SIDE, b_row)
+        dot_tiles(state, 1, 4, 7)
+        load_tile(state, 5, a, rows + SIDE * a_row, a_row)
+        dot_tiles(state, 2, 5, 6)
+        dot_tiles(state, 3, 5, 7)
+    store_tile(state, 0, c, c_at, c_row)
+    store_tile(state, 1, c, c_at + SIDE, c_row)
+    store_tile(state, 2, c, low, c_row)
+    store_tile(state, 3, c, low + SIDE, c_row)

@@ -5,9 +5,12 @@ register tile, which does all seven products; each tile of queries stops at the 
 A few queries at a time (decoding) take a kernel of their own, where packing would cost more than the arithmetic.
 """
 
+from collections.abc import Callable
+from typing import Protocol
+
 import numpy as np
 
-from ..arrays import Floats, Ints
+from ..arrays import Floats, Ints, aligned_empty
 from .intrinsics import exp32, larger32
 from .jit import njit
 from .vectors import TILE_COLUMNS, TILE_ROWS, scale_eight, scale_one, tile, transpose_eight
@@ -27,12 +30,13 @@ def _up(value, unit):
 
 
 @njit
-def _cut(buffer, size):
+def cut(buffer, size):
+    """The first elements of a buffer, and what is left of it."""
     return buffer[:size], buffer[size:]
 
 
 @njit
-def _scale_row(into, into_at, source, source_at, count, factor):
+def scale_row(into, into_at, source, source_at, count, factor):
     """`count` numbers times `factor`.  Plain loops would ask at every row whether the two overlap: 10 ns each."""
     for c in range(0, count - 7, 8):
         scale_eight(into, into_at + c, source, source_at + c, factor)
@@ -46,18 +50,18 @@ def _pack_rows(into, width, x, factor):
     rows, channels = x.shape
     step = x.strides[0] // 4
     for i in range(rows):
-        _scale_row(into, i * width, x, i * step, channels, factor)
+        scale_row(into, i * width, x, i * step, channels, factor)
         for c in range(channels, width):
             into[i * width + c] = _ZERO
     into[rows * width : _up(rows, TILE_ROWS) * width] = _ZERO
 
 
 @njit
-def _unpack_rows(x, rows, width, factor):
+def unpack_rows(x, rows, width, factor):
     """x: rows x K from `rows` of `width`, times `factor`."""
     step = x.strides[0] // 4
     for i in range(x.shape[0]):
-        _scale_row(x, i * step, rows, i * width, x.shape[1], factor)
+        scale_row(x, i * step, rows, i * width, x.shape[1], factor)
 
 
 @njit
@@ -92,7 +96,7 @@ def _pack_panels(panels, x, padded):
         width = min(TILE_COLUMNS, channels - first)
         for i in range(rows):
             at = first * padded + i * TILE_COLUMNS
-            _scale_row(panels, at, x, i * step + first, width, _ONE)
+            scale_row(panels, at, x, i * step + first, width, _ONE)
             for c in range(width, TILE_COLUMNS):
                 panels[at + c] = _ZERO
 
@@ -144,8 +148,8 @@ def pack_keys(buffer, k, v):
     """k, v: PK -> their panels, for `attend_head`, and what is left of the buffer."""
     keys, channels = k.shape
     padded_keys = _up(keys, TILE_COLUMNS)
-    key_panels, rest = _cut(buffer, padded_keys * channels)
-    value_panels, rest = _cut(rest, padded_keys * _up(channels, TILE_COLUMNS))
+    key_panels, rest = cut(buffer, padded_keys * channels)
+    value_panels, rest = cut(rest, padded_keys * _up(channels, TILE_COLUMNS))
     _pack_columns(key_panels, k)
     _pack_panels(value_panels, v, padded_keys)
     return key_panels, value_panels, rest
@@ -158,8 +162,8 @@ def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
     scale = np.float32(1.0 / np.sqrt(channels))
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
     stride = padded_keys + TILE_COLUMNS  # a power of two would put a column of scores into one cache set
-    q_rows, rest = _cut(buffer, QUERY_BLOCK * padded_channels)
-    out, scores = _cut(rest, QUERY_BLOCK * padded_channels)
+    q_rows, rest = cut(buffer, QUERY_BLOCK * padded_channels)
+    out, scores = cut(rest, QUERY_BLOCK * padded_channels)
     for begin in range(0, queries, QUERY_BLOCK):
         rows = min(QUERY_BLOCK, queries - begin)
         diagonal = keys - queries + begin  # the last key that the block's first query sees
@@ -189,7 +193,7 @@ def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
         _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
         step = y.strides[0] // 4
         for i in range(rows):
-            _scale_row(y, (begin + i) * step, out, i * padded_channels, channels, q_rows[i])
+            scale_row(y, (begin + i) * step, out, i * padded_channels, channels, q_rows[i])
 
 
 @njit
@@ -211,15 +215,15 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
     scale = np.float32(1.0 / np.sqrt(channels))
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
     stride = padded_keys + TILE_COLUMNS
-    key_columns, rest = _cut(buffer, padded_keys * channels)
-    value_columns, rest = _cut(rest, padded_keys * channels)
-    key_panels, rest = _cut(rest, padded_keys * padded_channels)
-    dkey, rest = _cut(rest, (padded_keys + TILE_ROWS) * padded_channels)  # a last tile may reach beyond the last key
-    dvalue, rest = _cut(rest, (padded_keys + TILE_ROWS) * padded_channels)
-    q_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
-    dy_rows, rest = _cut(rest, QUERY_BLOCK * padded_channels)
-    out, rest = _cut(rest, QUERY_BLOCK * padded_channels)
-    prob, dscores = _cut(rest, QUERY_BLOCK * stride)
+    key_columns, rest = cut(buffer, padded_keys * channels)
+    value_columns, rest = cut(rest, padded_keys * channels)
+    key_panels, rest = cut(rest, padded_keys * padded_channels)
+    dkey, rest = cut(rest, (padded_keys + TILE_ROWS) * padded_channels)  # a last tile may reach beyond the last key
+    dvalue, rest = cut(rest, (padded_keys + TILE_ROWS) * padded_channels)
+    q_rows, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    dy_rows, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    out, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    prob, dscores = cut(rest, QUERY_BLOCK * stride)
     for b in range(batch):
         first_key = start[b]
         for group in range(groups):
@@ -255,12 +259,12 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
                             p[j] = weight
                             d[j] = weight * (d[j] - dot)
                     _weighted(out, padded_channels, dscores, stride, key_panels, padded_keys, keys, rows, diagonal)
-                    _unpack_rows(dq[b, block, head], out, padded_channels, scale)
+                    unpack_rows(dq[b, block, head], out, padded_channels, scale)
                     seen = min(diagonal + rows, keys)
                     _collect(dkey, padded_channels, dscores, stride, q_rows, rows, seen, diagonal)
                     _collect(dvalue, padded_channels, prob, stride, dy_rows, rows, seen, diagonal)
-            _unpack_rows(dk[b, :, group], dkey, padded_channels, _ONE)
-            _unpack_rows(dv[b, :, group], dvalue, padded_channels, _ONE)
+            unpack_rows(dk[b, :, group], dkey, padded_channels, _ONE)
+            unpack_rows(dv[b, :, group], dvalue, padded_channels, _ONE)
 
 
 @njit
@@ -299,14 +303,13 @@ def _attend_few(y, lse, q, k, v, keys, start, scores):
 
 
 def forward_buffer_size(keys: int, channels: int) -> int:
-    """Elements `attend_into` needs for up to so many keys."""
+    """Elements the forward pass needs for up to so many keys."""
     padded_keys, padded_channels = _padded(keys, channels)
     per_key, per_query = channels + padded_channels, 2 * padded_channels + padded_keys + TILE_COLUMNS
     return padded_keys * per_key + QUERY_BLOCK * per_query
 
 
-def backward_buffer_size(keys: int, channels: int) -> int:
-    """Elements `attend_backward_into` needs for so many keys."""
+def _backward_buffer_size(keys: int, channels: int) -> int:
     padded_keys, padded_channels = _padded(keys, channels)
     per_key = 2 * channels + 3 * padded_channels
     per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS)
@@ -317,42 +320,77 @@ def _padded(keys: int, channels: int) -> tuple[int, int]:
     return -(-keys // TILE_COLUMNS) * TILE_COLUMNS, -(-channels // TILE_COLUMNS) * TILE_COLUMNS
 
 
-def attend_into(
-    y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, keys: int, start: Ints, buffer: Floats
-) -> None:
-    """y: BSHK and lse: BSH from q: BSHK and the first `keys` positions of k, v: BPGK; all may be views."""
-    few = q.shape[1] <= FEW_QUERIES
-    (_attend_few if few else _attend)(y, lse, q, k, v, keys, start, buffer)
+class Attends(Protocol):
+    """One thread's attention over up to so many keys, all of which a call gives."""
+
+    def forward_into(self, y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, start: Ints) -> None:
+        """y: BSHK and lse: BSH from q: BSHK and k, v: BPGK; all may be views."""
+
+    def backward_into(
+        self,
+        dq: Floats,
+        dk: Floats,
+        dv: Floats,
+        dy: Floats,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        start: Ints,
+        y: Floats,
+        lse: Floats,
+    ) -> None:
+        """Overwrites dq: BSHK, dk, dv: BPGK; probabilities are computed again from `lse`, block by block."""
 
 
-def attend_backward_into(
-    dq: Floats,
-    dk: Floats,
-    dv: Floats,
-    dy: Floats,
-    q: Floats,
-    k: Floats,
-    v: Floats,
-    start: Ints,
-    y: Floats,
-    lse: Floats,
-    buffer: Floats,
-) -> None:
-    """Overwrites dq: BSHK, dk, dv: BPGK; probabilities are computed again from `lse`, block by block."""
-    _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer)
+class Attention:
+    """One thread's attention in float32 over up to `keys` keys, and if `backward` also its gradient."""
+
+    def __init__(self, keys: int, channels: int, backward: bool = False) -> None:
+        size = forward_buffer_size(keys, channels)
+        if backward:
+            size = max(size, _backward_buffer_size(keys, channels))
+        self._buffer = aligned_empty((size,))
+
+    def forward_into(self, y: Floats, lse: Floats, q: Floats, k: Floats, v: Floats, start: Ints) -> None:
+        few = q.shape[1] <= FEW_QUERIES
+        (_attend_few if few else _attend)(y, lse, q, k, v, k.shape[1], start, self._buffer)
+
+    def backward_into(
+        self,
+        dq: Floats,
+        dk: Floats,
+        dv: Floats,
+        dy: Floats,
+        q: Floats,
+        k: Floats,
+        v: Floats,
+        start: Ints,
+        y: Floats,
+        lse: Floats,
+    ) -> None:
+        _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, self._buffer)
 
 
-def attention_forward(q: Floats, k: Floats, v: Floats, start: Ints) -> tuple[Floats, Floats]:
-    y, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
-    buffer = np.empty(forward_buffer_size(k.shape[1], q.shape[3]), q.dtype)
-    attend_into(y, lse, q, k, v, k.shape[1], start, buffer)
-    return y, lse
+Forward = Callable[[Floats, Floats, Floats, Ints], tuple[Floats, Floats]]
+Backward = Callable[[Floats, Floats, Floats, Floats, Ints, Floats, Floats], tuple[Floats, Floats, Floats]]
 
 
-def attention_backward(
-    dy: Floats, q: Floats, k: Floats, v: Floats, start: Ints, y: Floats, lse: Floats
-) -> tuple[Floats, Floats, Floats]:
-    dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
-    buffer = np.empty(backward_buffer_size(k.shape[1], q.shape[3]), q.dtype)
-    attend_backward_into(dq, dk, dv, dy, q, k, v, start, y, lse, buffer)
-    return dq, dk, dv
+def attention_with(kind: Callable[[int, int, bool], Attends]) -> tuple[Forward, Backward]:
+    """`attention_forward` and `attention_backward` by one of its implementations."""
+
+    def attention_forward(q: Floats, k: Floats, v: Floats, start: Ints) -> tuple[Floats, Floats]:
+        y, lse = np.empty_like(q), np.empty(q.shape[:3], q.dtype)
+        kind(k.shape[1], q.shape[3], False).forward_into(y, lse, q, k, v, start)
+        return y, lse
+
+    def attention_backward(
+        dy: Floats, q: Floats, k: Floats, v: Floats, start: Ints, y: Floats, lse: Floats
+    ) -> tuple[Floats, Floats, Floats]:
+        dq, dk, dv = np.empty_like(q), np.empty_like(k), np.empty_like(v)
+        kind(k.shape[1], q.shape[3], True).backward_into(dq, dk, dv, dy, q, k, v, start, y, lse)
+        return dq, dk, dv
+
+    return attention_forward, attention_backward
+
+
+attention_forward, attention_backward = attention_with(Attention)

@@ -133,14 +133,14 @@ def processor() -> dict[str, Any]:
     return {"name": _CONFIG.CPU_NAME or llvmlite.binding.get_host_cpu_name(), "features": sorted(features())}
 
 
-def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never") -> Any:
+def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never", forceinline: bool = False) -> Any:
     """`numba.njit` with this project's flags; the cache folder is ours only while decorating."""
 
     def decorate(target: Callable[..., Any]) -> Any:
         before = _CONFIG.CACHE_DIR
         _CONFIG.CACHE_DIR = _CACHE or before
         try:
-            return numba.njit(**_OPTIONS, cache=_CACHE is not None, inline=inline)(target)
+            return numba.njit(**_OPTIONS, cache=_CACHE is not None, inline=inline, forceinline=forceinline)(target)
         finally:
             _CONFIG.CACHE_DIR = before
 

@@ -210,6 +210,18 @@ def _bfloat_bits(builder, line):
     return builder.select(builder.fcmp_unordered("uno", line, line), quiet, rounded)
 
 
+def _bfloat_words(builder, first, second, neighbours):
+    """Two lines as bfloat16: number i of both in word i, or neighbours of all their numbers in one."""
+    count = first.type.count
+    low, high = (_bfloat_bits(builder, line) for line in (first, second))
+    if neighbours:
+        shorts = [builder.bitcast(line, _line(2 * count, ir.IntType(16))) for line in (low, high)]
+        uppers = ir.Constant(_line(2 * count, _I32), list(range(1, 4 * count, 2)))
+        return builder.bitcast(builder.shuffle_vector(*shorts, uppers), low.type)
+    low = builder.lshr(low, ir.Constant(low.type, [16] * count))
+    return builder.or_(low, builder.and_(high, ir.Constant(high.type, [-65536] * count)))
+
+
 def _pair(count, neighbours=False):
     """pair(into, into_at, source, first_at, second_at): a bfloat16 of each in one word, the first in the lower half.
 
@@ -220,16 +232,9 @@ def _pair(count, neighbours=False):
         def load(at):
             return _load(builder, _pointer(context, builder, signature.args[2], values[2], at), _line(count))
 
-        if neighbours:
-            both = load(values[3]), load(builder.add(values[3], _I64(count)))
-            masks = (ir.Constant(_line(count, _I32), [2 * i + odd for i in range(count)]) for odd in (0, 1))
-            lines = [builder.shuffle_vector(*both, mask) for mask in masks]
-        else:
-            lines = [load(values[3]), load(values[4])]
-        low, high = (_bfloat_bits(builder, line) for line in lines)
-        low = builder.lshr(low, ir.Constant(low.type, [16] * count))
-        high = builder.and_(high, ir.Constant(high.type, [-65536] * count))
-        _store(builder, builder.or_(low, high), _pointer(context, builder, signature.args[0], values[0], values[1]))
+        second_at = builder.add(values[3], _I64(count)) if neighbours else values[4]
+        words = _bfloat_words(builder, load(values[3]), load(second_at), neighbours)
+        _store(builder, words, _pointer(context, builder, signature.args[0], values[0], values[1]))
         return context.get_dummy_value()
 
     def apart(typing_context, into, into_at, source, first_at, second_at):

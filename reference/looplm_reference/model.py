@@ -109,6 +109,11 @@ class LoopLM:
     def attend(self, q: Array, k: Array, v: Array, start: Array) -> tuple[Array, Array]:
         return ops.attention_forward(q, k, v, start)
 
+    def attend_backward(
+        self, dy: Array, q: Array, k: Array, v: Array, start: Array, y: Array, lse: Array
+    ) -> tuple[Array, Array, Array]:
+        return ops.attention_backward(dy, q, k, v, start, y, lse)
+
     def layer_forward(
         self, r: int, layer: int, x: Array, place: Place, cache: Cache | None
     ) -> tuple[Array, dict[str, Array]]:
@@ -162,7 +167,7 @@ class LoopLM:
         grads[after_attention] += dnorm
         dy = back(dattention_out, a["attention"], "self_attn.o_proj").reshape(a["q"].shape)
         y = a["attention"].reshape(a["q"].shape)
-        dq, dk, dv = ops.attention_backward(dy, a["q"], a["k"], a["v"], place.start, y, a["lse"])
+        dq, dk, dv = self.attend_backward(dy, a["q"], a["k"], a["v"], place.start, y, a["lse"])
         (dq,), (dk,) = (ops.rope_backward(d, place.position, self.theta) for d in (dq, dk))
         rows = (*dx.shape[:2], -1)
         dnormed = np.zeros_like(dx)

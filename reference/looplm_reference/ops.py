@@ -151,6 +151,18 @@ def _per_query_head(x: Array, heads: int) -> Array:
     return np.repeat(x, heads // x.shape[2], axis=2)
 
 
+def _softmax_parts(scores: Array) -> tuple[Array, Array, Array]:
+    """exp(score - highest), its sum over keys (an axis of 1), and the log of the sum of exp(score).
+
+    Where nothing is seen: 0, 1 and 0.
+    """
+    top = scores.max(-1, keepdims=True)
+    blind = np.isneginf(top)
+    weight = np.exp(scores - np.where(blind, 0.0, top))
+    total = np.where(blind, 1.0, weight.sum(-1, keepdims=True))
+    return weight, total, np.where(blind, 0.0, top + np.log(total))[..., 0]
+
+
 def attention_forward(q: Array, k: Array, v: Array, start: Array) -> tuple[Array, Array]:
     """Causal softmax attention with grouped key/value heads; `lse` is the log of the softmax's denominator.
 
@@ -158,13 +170,8 @@ def attention_forward(q: Array, k: Array, v: Array, start: Array) -> tuple[Array
     The queries are the last S of P positions: query s stands at P - S + s and sees keys start[b] .. P - S + s (what
     lies before start[b] is left padding).  A query before start[b] sees nothing: y = 0 and lse = 0.
     """
-    scores = _scores(q, _per_query_head(k, q.shape[2]), start)
-    top = scores.max(-1, keepdims=True)
-    blind = np.isneginf(top)
-    weight = np.exp(scores - np.where(blind, 0.0, top))
-    total = np.where(blind, 1.0, weight.sum(-1, keepdims=True))
-    y = np.einsum("bshp,bphk->bshk", weight / total, _per_query_head(v, q.shape[2]))
-    return y, np.where(blind, 0.0, top + np.log(total))[..., 0]
+    weight, total, lse = _softmax_parts(_scores(q, _per_query_head(k, q.shape[2]), start))
+    return np.einsum("bshp,bphk->bshk", weight / total, _per_query_head(v, q.shape[2])), lse
 
 
 def attention_backward(

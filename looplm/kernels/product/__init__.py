@@ -4,9 +4,11 @@ A path turns a weight into what its products want to read (a `Matrix`), once per
 a `Products` of its own: see select.py for the paths there are.
 """
 
+from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
 from ...arrays import Floats
+from ..attention import Attends
 from .blas import BlasProducts
 
 __all__ = ["BlasProducts", "Matrix", "Products", "Use"]
@@ -17,6 +19,10 @@ Use = Literal["both", "forward", "backward"]  # which products a weight is packe
 
 class Products(Protocol):
     """One thread's matrix products with weights N x K and rows M."""
+
+    @property
+    def attention(self) -> Callable[[int, int, bool], Attends]:
+        """Who attends in the same precision: made for so many keys and channels, and for its gradient, too, or not."""
 
     def forward_into(self, y: Floats, x: Floats, weight: Matrix) -> None:
         """y = x times the weight's transpose.  x: MK -> y: MN"""

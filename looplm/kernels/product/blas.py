@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 
 from ...arrays import Floats, aligned_empty
+from ..attention import Attention
 
 
 class BlasProducts:
     """One thread's products; `shapes` of the weights (N, K) that gradients are wanted of."""
+
+    attention = Attention
 
     def __init__(self, shapes: Sequence[tuple[int, int]] = ()) -> None:
         self._outer = aligned_empty((max((n * k for n, k in shapes), default=0),))

@@ -56,11 +56,11 @@ class PackedWords:
         if filled.plain is not None:
             pack_right(filled.plain, weight, 0, n, self.columns, depth_of(n, self.step))
         if filled.transposed is not None:
-            _pack_transposed(filled.transposed, weight, self.lines, self.columns, depth_of(k, self.step))
+            pack_transposed(filled.transposed, weight, self.lines, self.columns, depth_of(k, self.step))
         return filled
 
 
-@njit
+@njit(forceinline=True)
 def pair_lines(words, at, source, first_at, second_at, count, alone):
     """`count` words of two lines; `alone`: there is no second line, its half is zero."""
     whole = count // PAIR_WORDS * PAIR_WORDS
@@ -76,15 +76,15 @@ def pair_lines(words, at, source, first_at, second_at, count, alone):
 @njit
 def pair_rows(words, x, begin, rows, depth):
     """words: rows x depth from rows of x: MK."""
-    flat, width = x.reshape(-1), x.shape[1]
+    width, step = x.shape[1], x.strides[0] // 4
     half, whole = (width + 1) // 2, width // (2 * PAIR_WORDS) * PAIR_WORDS
     for row in range(rows):
-        at, source = row * depth, (begin + row) * width
+        at, source = row * depth, (begin + row) * step
         for k in range(0, whole, PAIR_WORDS):
-            pair_neighbours(words, at + k, flat, source + 2 * k)
+            pair_neighbours(words, at + k, x, source + 2 * k)
         for k in range(whole, half):
             alone = 2 * k + 1 == width
-            pair_lines(words, at + k, flat, source + 2 * k, source + 2 * k + (0 if alone else 1), 1, alone)
+            pair_lines(words, at + k, x, source + 2 * k, source + 2 * k + (0 if alone else 1), 1, alone)
         for k in range(half, depth):
             words[at + k] = _ZERO
 
@@ -95,25 +95,25 @@ def pack_right(panels, x, first_row, rows, columns, depth):
 
     `columns` is a multiple of PAIR_WORDS.
     """
-    flat, width = x.reshape(-1), x.shape[1]
+    width, step = x.shape[1], x.strides[0] // 4
     half = (rows + 1) // 2
     for first in range(0, width, columns):
         count = min(columns, width - first)
         whole = rows // 2 if count == columns else 0
         for m in range(whole):  # most of it, and nothing else: every other loop costs as much, even an empty one
-            at, source = first * depth + m * columns, (first_row + 2 * m) * width + first
+            at, source = first * depth + m * columns, (first_row + 2 * m) * step + first
             for j in range(0, columns, PAIR_WORDS):
-                pair_words(panels, at + j, flat, source + j, source + j + width)
+                pair_words(panels, at + j, x, source + j, source + j + step)
         for m in range(whole, half):
-            at, source = first * depth + m * columns, (first_row + 2 * m) * width + first
+            at, source = first * depth + m * columns, (first_row + 2 * m) * step + first
             alone = 2 * m + 1 == rows
-            pair_lines(panels, at, flat, source, source if alone else source + width, count, alone)
+            pair_lines(panels, at, x, source, source if alone else source + step, count, alone)
             panels[at + count : at + columns] = _ZERO
         panels[first * depth + half * columns : (first + columns) * depth] = _ZERO
 
 
 @njit
-def _pack_transposed(panels, weight, lines, columns, depth):
+def pack_transposed(panels, weight, lines, columns, depth):
     """panels[p, k, j] = word k of weight[p * columns + j]; zero beyond the last row."""
     n = weight.shape[0]
     for first in range(0, (n + columns - 1) // columns * columns, 8):
@@ -132,7 +132,7 @@ def _pack_transposed(panels, weight, lines, columns, depth):
 @njit
 def pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, columns, depth):
     """words: columns x depth: row i is column first_column + i of rows of x.  lines: 8 x columns, up to the next 8."""
-    flat, width = x.reshape(-1), x.shape[1]
+    step = x.strides[0] // 4
     room = (columns + 7) // 8 * 8
     for k in range(0, depth, 8):
         for i in range(8):
@@ -140,8 +140,8 @@ def pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, colum
             if row >= rows:
                 lines[i * room : (i + 1) * room] = _ZERO
                 continue
-            source, alone = (first_row + row) * width + first_column, row + 1 == rows
-            pair_lines(lines, i * room, flat, source, source if alone else source + width, columns, alone)
+            source, alone = (first_row + row) * step + first_column, row + 1 == rows
+            pair_lines(lines, i * room, x, source, source if alone else source + step, columns, alone)
             for j in range(columns, room):
                 lines[i * room + j] = _ZERO
         for j in range(0, columns, 8):

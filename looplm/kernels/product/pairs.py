@@ -11,6 +11,7 @@ import numpy as np
 
 from ...arrays import Floats, aligned_empty
 from ..jit import njit
+from ..rounded_attention import PairAttention
 from ..vectors import TILE_COLUMNS, TILE_ROWS
 from .packing import PackedWords, empty_words, pack_right, pair_lines, pair_rows
 from .panels import DEPTH, LEFT_TILES, MAX_ROWS, OUTER_DEPTH, ROW_BLOCK, add_tiles, panel_count, rows_times_panels
@@ -27,6 +28,8 @@ def packed_pairs(shape: tuple[int, int], apart: bool = True) -> PackedWords:
 
 class PairProducts:
     """One thread's products with weights of these shapes (N, K)."""
+
+    attention = PairAttention
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         half, columns, longest = OUTER_DEPTH // 2, max(k for _, k in shapes), max(max(shape) for shape in shapes)

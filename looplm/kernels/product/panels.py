@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ...arrays import LINE, Array, Floats, aligned_empty
+from ..attention import Attention
 from ..jit import njit
 from ..vectors import TILE_COLUMNS, TILE_ROWS, fetch_to_write, move_eight, tile, tile_of_one_row, transpose_eight
 from . import Use
@@ -78,6 +79,8 @@ def arranged_for(room: Arranged, use: Use) -> Arranged:
 
 class PanelProducts:
     """One thread's products with weights of these shapes (N, K)."""
+
+    attention = Attention
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         columns = max(k for _, k in shapes)

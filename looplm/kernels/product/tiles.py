@@ -15,13 +15,13 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...arrays import Floats, aligned_empty
-from ..amx import SIDE, begin_tiles, dot_tiles, end_tiles, load_tile, store_tile, tile_state, zero_tile
+from ..amx import BLOCK, SIDE, begin_tiles, end_tiles, multiply_block, tile_state
 from ..jit import njit
+from ..rounded_attention import TileAttention
 from ..vectors import fetch_to_read
 from .packing import PackedWords, depth_of, empty_words, pack_right, pack_rows_of_transpose, pair_rows
 from .panels import fetch_sums
 
-BLOCK = 2 * SIDE  # rows, and columns, of the sums that the registers hold
 DEPTH = 256  # words, the longest run of a sum kept in registers: a panel of it takes 32 KiB of the first-level cache
 ROW_WORDS = 1 << 17  # words of the left operand that stay in the second-level cache (512 KiB)
 MAX_ROWS = 1024  # rows in a block, whatever the depth
@@ -38,6 +38,8 @@ def packed_tiles(shape: tuple[int, int], apart: bool = True) -> PackedWords:
 
 class TileProducts:
     """One thread's products with weights of these shapes (N, K)."""
+
+    attention = TileAttention
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         longest, columns = max(max(shape) for shape in shapes), max(k for _, k in shapes)
@@ -64,36 +66,6 @@ class TileProducts:
 def _depth(numbers):
     """Words of a sum over so many numbers: whole registers."""
     return (numbers + 2 * SIDE - 1) // (2 * SIDE) * SIDE
-
-
-@njit
-def _multiply_block(state, c, c_at, c_row, a, a_at, a_row, b, b_at, depth, accumulate):
-    """c: BLOCK x BLOCK (+)= a: BLOCK x depth words, times b: depth x BLOCK words; registers 0 to 3 hold the sums."""
-    low = c_at + SIDE * c_row
-    if accumulate:
-        load_tile(state, 0, c, c_at, c_row)
-        load_tile(state, 1, c, c_at + SIDE, c_row)
-        load_tile(state, 2, c, low, c_row)
-        load_tile(state, 3, c, low + SIDE, c_row)
-    else:
-        zero_tile(state, 0)
-        zero_tile(state, 1)
-        zero_tile(state, 2)
-        zero_tile(state, 3)
-    for k in range(0, depth, SIDE):
-        rows, columns = a_at + k, b_at + k * BLOCK
-        load_tile(state, 4, a, rows, a_row)
-        load_tile(state, 6, b, columns, BLOCK)
-        dot_tiles(state, 0, 4, 6)
-        load_tile(state, 7, b, columns + SIDE, BLOCK)
-        dot_tiles(state, 1, 4, 7)
-        load_tile(state, 5, a, rows + SIDE * a_row, a_row)
-        dot_tiles(state, 2, 5, 6)
-        dot_tiles(state, 3, 5, 7)
-    store_tile(state, 0, c, c_at, c_row)
-    store_tile(state, 1, c, c_at + SIDE, c_row)
-    store_tile(state, 2, c, low, c_row)
-    store_tile(state, 3, c, low + SIDE, c_row)
 
 
 @njit
@@ -125,9 +97,11 @@ def _multiply(y, x, panels, words, edge, state):
                         if column + 2 * BLOCK <= columns:
                             fetch_sums(flat, into + BLOCK, columns, BLOCK, BLOCK)
                             _fetch_panel(panels, at + depth * BLOCK, length, row // BLOCK, count // BLOCK)
-                        _multiply_block(state, flat, into, columns, words, left + k, depth, panels, at, length, k > 0)
+                        multiply_block(
+                            state, flat, into, columns, words, left + k, depth, panels, at, BLOCK, length, k > 0
+                        )
                     elif k == 0:
-                        _multiply_block(state, edge, 0, BLOCK, words, left, depth, panels, right, depth, False)
+                        multiply_block(state, edge, 0, BLOCK, words, left, depth, panels, right, BLOCK, depth, False)
                         for r in range(min(BLOCK, count - row)):
                             for j in range(min(BLOCK, columns - column)):
                                 flat[into + r * columns + j] = edge[r * BLOCK + j]
@@ -155,9 +129,9 @@ def _accumulate_outer(dweight, dy, x, left, lines, panels, edge, state):
                     if row + BLOCK <= width and column + BLOCK <= columns:
                         if column + 2 * BLOCK <= columns:
                             fetch_sums(flat, into + BLOCK, columns, BLOCK, BLOCK)
-                        _multiply_block(state, flat, into, columns, left, top, depth, panels, right, depth, True)
+                        multiply_block(state, flat, into, columns, left, top, depth, panels, right, BLOCK, depth, True)
                         continue
-                    _multiply_block(state, edge, 0, BLOCK, left, top, depth, panels, right, depth, False)
+                    multiply_block(state, edge, 0, BLOCK, left, top, depth, panels, right, BLOCK, depth, False)
                     for r in range(min(BLOCK, width - row)):
                         for j in range(min(BLOCK, columns - column)):
                             flat[into + r * columns + j] += edge[r * BLOCK + j]
