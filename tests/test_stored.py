@@ -13,6 +13,7 @@ from looplm.conversion import quantize_folder
 from looplm.errors import CheckpointError
 from looplm.exits import LearnedGate
 from looplm.generation import Session, generate
+from looplm.kernels import amx
 from looplm.kernels.product.stored import FEW_ROWS
 from looplm.model import forward
 from looplm.model_files import open_model
@@ -104,6 +105,8 @@ def test_a_row_does_not_depend_on_other_rows_or_threads(name: Format, columns: i
     for rows in (2, 3, 5, 16):
         np.testing.assert_array_equal(matrix.multiply(x[:rows], threads=1), alone[:rows])
         np.testing.assert_array_equal(matrix.multiply(x[:rows], threads=3), alone[:rows])
+    if name in ("int8", "int4") and amx.NATIVE_BYTES:  # then not even on whether they are few
+        np.testing.assert_array_equal(matrix.multiply(np.concatenate([x, x]))[16:], alone)
     many = random_matrix((100, columns), seed=2)
     np.testing.assert_array_equal(matrix.multiply(many, threads=2), matrix.multiply(many))
     np.testing.assert_array_equal(matrix.multiply(many[:50]), matrix.multiply(many)[:50])
@@ -148,13 +151,16 @@ def test_a_long_prompt_goes_through_wide_products(name: Format) -> None:
     config = dataclasses.replace(CONFIG, max_position_embeddings=400)
     weights, widened = in_format(name, random_weights(config))
     ids = random_ids(1, 300)
-    assert relative_error(decoded(weights, ids, 300), forward(widened, ids).hidden) < 1e-5
+    tolerance = 1e-5  # float32's rounding; where registers multiply bytes, x is rounded as it is for a few rows
+    if name in ("int8", "int4") and amx.NATIVE_BYTES:
+        tolerance = MODEL_TOLERANCE[name]
+    assert relative_error(decoded(weights, ids, 300), forward(widened, ids).hidden) < tolerance
     start = np.array([3, 0])
     ids = random_ids(2, 40, seed=3)
     session = Session(weights, batch=2, start=start)
     found, expected = session.feed(ids), forward(widened, ids, start=start)
-    assert relative_error(found.hidden[:, 0, 3:], expected.hidden[:, 0, 3:]) < 1e-5
-    assert relative_error(found.logits(4)[1], expected.logits(4)[1]) < 1e-4
+    assert relative_error(found.hidden[:, 0, 3:], expected.hidden[:, 0, 3:]) < tolerance
+    assert relative_error(found.logits(4)[1], expected.logits(4)[1]) < 10 * tolerance
 
 
 @pytest.mark.kernels

@@ -5,7 +5,8 @@ on the other rows, nor on which rows of the weight are asked for together.
 
 Where there are tile registers, many rows go through them (tile_streams.py) with bfloat16 weights, as exactly as in
 float32, and rounded ones with weights of every format.  Few rows do not: one row alone would be slower, and it must
-come out the same in any company (LOG.md).
+come out the same in any company (LOG.md).  With integers (integers.py) sums are exact on registers and off them, so
+rows may go either way, and many go as a few do.
 """
 
 import numpy as np
@@ -99,6 +100,8 @@ multiply = (*map(_multiply, (FLOAT32, BFLOAT16)), *map(multiply_integers, (INT8,
 
 def multiply_many(kind: int, rounded: bool) -> Routine | None:
     """The routine of a format for many rows, if there is one that takes them prepared, as those of a few are."""
+    if kind in (INT8, INT4) and amx.NATIVE_BYTES and not rounded:
+        return multiply[kind]
     if not amx.NATIVE:
         return None
     return multiply_pairs[kind] if rounded else multiply_exact if kind == BFLOAT16 else None
@@ -117,5 +120,7 @@ def row_size(columns: int) -> int:
 
 def prepared_size(columns: int, rows: int) -> int:
     """Floats that prepared rows take, in any format, of up to so many columns."""
-    row, few = max(row_size(columns), prepared_row_size(columns)), -(-min(rows, FEW_ROWS) // SIDE) * SIDE
-    return lined_up(max(few * row, tiled_size(columns, rows) if amx.NATIVE else 0))
+    few = min(rows, FEW_ROWS)
+    integers = -(-rows // SIDE) * SIDE if amx.NATIVE_BYTES else few
+    sizes = few * row_size(columns), integers * prepared_row_size(columns)
+    return lined_up(max(*sizes, tiled_size(columns, rows) if amx.NATIVE else 0))
