@@ -98,7 +98,8 @@ class KeyValueCache:
         """Count one position that row b left at loop exit_index[b] (B), deeper slots filled as the policy says."""
         if self.policy == "last-exited":
             for row, r in enumerate(exit_index):
-                self.repeat_deeper(row, self.filled, r)
+                if r < self.loops - 1:
+                    self.repeat_deeper(row, self.filled, r)
         self.filled += 1
 
     def repeat_deeper(self, row: int, position: int, r: int) -> None:

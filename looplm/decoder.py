@@ -77,7 +77,7 @@ class Decoder:
     def logits(self, states: Floats) -> Floats:
         """states: MD (at most `rows`) -> MV"""
         states = np.ascontiguousarray(states)
-        found = aligned_empty((len(states), self._weights.config.vocab_size))
+        found = np.empty((len(states), self._weights.config.vocab_size), np.float32)
         self._plan[: field.OUT + 1] = (field.RUN_HEAD, len(states), 1, states.ctypes.data, found.ctypes.data)
         self._run(len(states))
         return found

@@ -2,17 +2,15 @@
 
 import numpy as np
 
-from ..arrays import LINE
 from . import plan as field
-from .addresses import floats_at, longs_at, pairs_at, rows_at, words_at
+from .addresses import floats_at, longs_at, rows_at, words_at
 from .attention import attend_head, pack_keys
-from .cache_streams import ASKED, CHANNEL_BLOCK, KEYS, scored, weighted
+from .cache_streams import CHANNEL_BLOCK, KEYS, scored, weighted
 from .intrinsics import exp32, larger32, round16, widen16
 from .jit import Routine, njit
 from .product.stored import copy_columns, sort_columns
 from .rope import turn_head
 from .streams import BFLOAT16, FLOAT32
-from .vectors import fetch_to_read
 
 SHARED_KEYS = 256  # that all queries of a group pass by before the next are read
 
@@ -56,18 +54,6 @@ def _seen(plan, row, layer, g):
     slot, b, where = _place(plan, row, layer)
     start = _start(plan, b)
     return _line(plan, slot, b, g, start), where + 1 - start
-
-
-@njit
-def ask_for_cache(plan, layer, g):
-    """Ask for what a group's first row is about to read, while its queries are made; each row asks for the next."""
-    at, count = _seen(plan, 0, layer, g)
-    size = (4 if plan[field.CACHE_KIND] == FLOAT32 else 2) * plan[field.CHANNELS]
-    words = min(count * size, ASKED) // 4
-    for first in (plan[field.KEYS] + at * size, plan[field.VALUES] + at * size):
-        line = pairs_at(first, max(0, words))
-        for i in range(0, line.size, LINE):
-            fetch_to_read(line, i)
 
 
 @njit

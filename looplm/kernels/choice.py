@@ -6,7 +6,7 @@ digits in any vocabulary.
 
 import numpy as np
 
-from .intrinsics import exp32
+from .intrinsics import exp32, larger32
 from .jit import njit
 
 RUN = 256  # logits whose exponentials are summed before the sum is widened
@@ -18,7 +18,7 @@ _ZERO = np.float32(0.0)
 def _highest(logits):
     top = logits[0]
     for i in range(logits.size):
-        top = max(top, logits[i])
+        top = larger32(top, logits[i])
     return top
 
 

@@ -15,7 +15,6 @@ import numpy as np
 
 from . import plan as field
 from .addresses import call, doubles_at, floats_at, longs_at
-from .cached_attention import ask_for_cache
 from .intrinsics import exp32
 from .jit import Routine, njit
 from .rmsnorm import row_rrms
@@ -141,7 +140,6 @@ def run_item(plan_at, size, own, phase, item, count):
             item * channels,
             (item + 1) * channels,
         )
-        ask_for_cache(plan, phase // PHASES, item)
         _product(plan, own, at + field.Q, normed, width, width, item * each, (item + 1) * each, q, total)
         _product(plan, own, at + field.K, normed, width, width, low, high, k, total)
         _product(plan, own, at + field.V, normed, width, width, low, high, v, total)
