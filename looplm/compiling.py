@@ -29,12 +29,14 @@ SHAPE = ModelConfig(
 
 
 def compile_gradient() -> None:
-    """What a training step compiles besides matrix products, and attention in float32."""
+    """What a training step compiles besides matrix products: attention in bf16, too, where it may be chosen."""
     train, loops = TrainConfig(), SHAPE.total_ut_steps
     ids, target = np.zeros((1, 16), np.int64), np.ones((1, 16), np.int64)
-    workspace = GradientWorkspace(SHAPE, *ids.shape, threads=1, path=PATHS["blas"])
     objective = StageOne(train.entropy_weight, log_prior(train.prior, loops))
-    gradient(initialise(SHAPE, InitConfig(), seed=0), workspace, ids, target, objective)
+    rounding = [name for name in ("tiles", "pairs") if not PATHS[name].missing()]
+    for name in ("blas", *rounding[:1]):
+        workspace = GradientWorkspace(SHAPE, *ids.shape, threads=1, path=PATHS[name])
+        gradient(initialise(SHAPE, InitConfig(), seed=0), workspace, ids, target, objective)
 
 
 @contextlib.contextmanager
