@@ -5,13 +5,16 @@ import numpy as np
 from .. import amx
 from ..addresses import bytes_at, floats_at, pairs_at, words_at
 from ..amx import STATE_SIZE, begin_tiles, end_tiles
-from ..integer_lines import GROUP, LINE, LINES, SIDE, round_group, widen_group
+from ..integer_lines import GROUP, LINE, LINES, SIDE, ZERO_POINT, round_group, widen_group
 from ..integer_streams import RUNS, TOGETHER, integer_stream
 from ..intrinsics import widen16
 from ..jit import Routine, njit
 from ..streams import INT4, INT8
 from .integer_tiles import TILES_ASIDE, on_tiles
 
+# Compiled code reads no tables.
+_GROUP_8, _GROUP_4, _LINES_8, _LINES_4 = GROUP[INT8], GROUP[INT4], LINES[INT8], LINES[INT4]
+_ZERO_POINT_8, _ZERO_POINT_4 = np.int32(ZERO_POINT[INT8]), np.int32(ZERO_POINT[INT4])
 _ZERO = np.float32(0.0)
 FEW_ROWS = 24  # up to so many rows, weights are multiplied as they lie in memory
 # So many rows, and more, go through tile registers, if there are such for integers: measured.
@@ -23,7 +26,7 @@ ASIDE = TILES_ASIDE + 2 * SIDE * SIDE
 @njit
 def group_size(kind):
     """Columns that share a scale."""
-    return 64 if kind == INT8 else 32
+    return _GROUP_8 if kind == INT8 else _GROUP_4
 
 
 @njit
@@ -34,7 +37,7 @@ def groups_of(kind, columns):
 @njit
 def _lines(kind, columns):
     """Lines of codes that a run of SIDE rows takes."""
-    return groups_of(kind, columns) * (16 if kind == INT8 else 4)
+    return groups_of(kind, columns) * (_LINES_8 if kind == INT8 else _LINES_4)
 
 
 @njit
@@ -48,10 +51,10 @@ def widen_integers(kind, codes, scales, columns, n, out):
         for i in range(line.size):
             column = g * group + i
             if kind == INT8:
-                code = np.int32(lines[column // 4 * LINE + 4 * row + column % 4]) - np.int32(128)
+                code = np.int32(lines[column // 4 * LINE + 4 * row + column % 4]) - _ZERO_POINT_8
             else:
                 both = np.int32(lines[column // 8 * LINE + 4 * row + column % 4])
-                code = (both >> np.int32(column // 4 % 2 * 4) & np.int32(15)) - np.int32(8)
+                code = (both >> np.int32(column // 4 % 2 * 4) & np.int32(15)) - _ZERO_POINT_4
             line[i] = scale * np.float32(code)
 
 
@@ -77,8 +80,8 @@ def _widening(kind, paired):
     return widen
 
 
-_WIDEN = {(kind, paired): _widening(kind, paired) for kind in (INT8, INT4) for paired in (0, 1)}
-_int8_floats, _int8_pairs, _int4_floats, _int4_pairs = _WIDEN.values()
+_int8_floats, _int8_pairs = (_widening(INT8, paired) for paired in (0, 1))
+_int4_floats, _int4_pairs = (_widening(INT4, paired) for paired in (0, 1))
 
 
 @njit
@@ -88,21 +91,20 @@ def in_whole_runs(kind, columns, n):
 
 
 @njit
-def widen_run(kind, codes, scales, columns, n, into, step):
-    """Rows n to n + 15, column by column: SIDE floats each, `step` bytes apart, from an address on."""
-    if kind == INT8:
-        _int8_floats(codes, scales, columns, n // SIDE, into, step)
-    else:
-        _int4_floats(codes, scales, columns, n // SIDE, into, step)
+def widen_run(kind, paired, codes, scales, columns, n, into, step):
+    """Rows n to n + 15, column by column: SIDE floats each, `step` bytes apart, from an address on.
 
-
-@njit
-def pair_run(kind, codes, scales, columns, n, into, step):
-    """The same, two columns in a word: the nearest bfloat16 numbers."""
-    if kind == INT8:
-        _int8_pairs(codes, scales, columns, n // SIDE, into, step)
+    If `paired`, two columns in a word: the nearest bfloat16 numbers.
+    """
+    run = n // SIDE
+    if kind == INT8 and paired:
+        _int8_pairs(codes, scales, columns, run, into, step)
+    elif kind == INT8:
+        _int8_floats(codes, scales, columns, run, into, step)
+    elif paired:
+        _int4_pairs(codes, scales, columns, run, into, step)
     else:
-        _int4_pairs(codes, scales, columns, n // SIDE, into, step)
+        _int4_floats(codes, scales, columns, run, into, step)
 
 
 # ---- preparing x

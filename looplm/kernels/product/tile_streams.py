@@ -28,7 +28,7 @@ from ..jit import Routine, njit
 from ..parts import NUMBERS, PARTS, WORDS, add_eight, split
 from ..streams import BFLOAT16
 from ..vectors import transpose_eight
-from .integers import in_whole_runs, pair_run
+from .integers import in_whole_runs, widen_run
 from .packing import pair_rows
 from .widened import eight_rows, row_bytes
 
@@ -319,7 +319,7 @@ def _widen_pairs(words, lines, kind, codes, scales, columns, first, last):
     if in_whole_runs(kind, columns, first):
         turned = pairs_at(lines.ctypes.data, lines.size)
         for n in range(first, last, SIDE):
-            pair_run(kind, codes, scales, columns, n, lines.ctypes.data, 4 * SIDE)
+            widen_run(kind, True, codes, scales, columns, n, lines.ctypes.data, 4 * SIDE)
             for row in (0, 8):
                 for k in range(0, depth, 8):
                     into = (n - first + row) * depth + k

@@ -13,7 +13,7 @@ from ..intrinsics import widen16
 from ..jit import Routine, njit
 from ..streams import BFLOAT16, FLOAT32
 from ..vectors import TILE_COLUMNS, transpose_eight
-from .integers import in_whole_runs, pair_run, widen_integers, widen_run
+from .integers import in_whole_runs, widen_integers, widen_run
 from .packing import pair_rows
 from .panels import DEPTH, rows_times_panel
 
@@ -74,7 +74,7 @@ def _widen_panel(panels, at, lines, kind, codes, scales, columns, n, last):
             panels[at : at + columns * TILE_COLUMNS] = _ZERO
         for row in range(0, min(TILE_COLUMNS, last - n), SIDE):
             into = panels[at + row :].ctypes.data
-            widen_run(kind, codes, scales, columns, n + row, into, 4 * TILE_COLUMNS)
+            widen_run(kind, False, codes, scales, columns, n + row, into, 4 * TILE_COLUMNS)
         return
     for eight in range(0, TILE_COLUMNS, 8):
         eight_rows(lines, kind, codes, scales, columns, n + eight, last)
@@ -90,7 +90,7 @@ def _pair_panel(panels, at, words, lines, kind, codes, scales, columns, n, last)
             panels[at : at + depth * TILE_COLUMNS] = np.uint32(0)
         for row in range(0, min(TILE_COLUMNS, last - n), SIDE):
             into = panels[at + row :].ctypes.data
-            pair_run(kind, codes, scales, columns, n + row, into, 4 * TILE_COLUMNS)
+            widen_run(kind, True, codes, scales, columns, n + row, into, 4 * TILE_COLUMNS)
         return
     for eight in range(0, TILE_COLUMNS, 8):
         if kind == BFLOAT16 and columns % 2 == 0 and n + eight + 8 <= last:  # they are such words where they lie
