@@ -115,16 +115,17 @@ def require_products(path: Path, config: ModelConfig) -> None:
     products, rng = path.products(shapes), np.random.default_rng(3)
     for n, k in shapes:
         x, dy, weight = (rng.standard_normal(shape, np.float32) for shape in ((ROWS, k), (ROWS, n), (n, k)))
-        y, dx, dweight = np.empty_like(dy), np.empty_like(x), np.ones_like(weight)
+        y, dx, dweight = (np.full_like(array, np.nan) for array in (dy, x, weight))
         packed = path.pack(weight, path.room(weight.shape))
         products.forward_into(y, x, packed)
         products.dx_into(dx, dy, packed)
-        products.accumulate_dweight(dweight, dy, x)
+        for add in (False, True):
+            products.dweight_into(dweight, dy, x, add)
         left, right, matrix = (array.astype(np.float64) for array in (dy, x, weight))
         compared = {
             "forward_into": (right @ matrix.T, y),
             "dx_into": (left @ matrix, dx),
-            "accumulate_dweight": (left.T @ right + 1.0, dweight),
+            "dweight_into": (2.0 * left.T @ right, dweight),
         }
         for name, (expected, found) in compared.items():
             error, allowed = contract.relative_error(expected, found), TOLERANCE[path.precision]

@@ -25,7 +25,7 @@ from .kernels.product.select import PATHS, Path
 from .layer import Activations, Placement, layer_backward
 from .model import LOGIT_CHUNK, Tape, add_up_layers, run_layers, run_loops, tape_sizes
 from .objectives import StageOne
-from .threads import run_all, shards
+from .threads import even_shares, run_all, shards
 from .weights import LAYER_MATRICES, Weights, matrix_shapes, parameter_count, sections
 
 LOGIT_ROWS = 256  # at least so many positions have logits together: each such run reads and writes the head's gradient
@@ -124,12 +124,11 @@ class GradientWorkspace:
         weights.with_matrices(lambda name, matrix: matrices.setdefault(name, matrix))
         packed: dict[str, Any] = {}
 
-        def pack(names: list[str]) -> None:
-            for name in names:
+        def pack(share: list[str]) -> None:
+            for name in share:
                 packed[name] = self.path.pack(matrices[name], self.rooms[name], "both" if name == "head" else use)
 
-        threads = len(self.parts)
-        run_all(pack, [names[first::threads] for first in range(threads)])
+        run_all(pack, even_shares({name: matrices[name].size for name in names}, len(self.parts)))
         return weights.with_matrices(lambda name, matrix: packed.get(name, matrix))
 
     @property
@@ -161,10 +160,9 @@ def gradient(
     def forward_part(index: int) -> GradientReport:
         rows, shard, dweights = workspace.parts[index], workspace.shards[index], workspace.gradients[index]
         run_loops(packed, shard.tape, ids[index], places[index])
-        wanted, part = np.ascontiguousarray(target[rows]).reshape(-1), sections(weights.config)
-        shard.gradient[part.rest] = 0.0
-        if weights.config.tie_word_embeddings:
-            shard.gradient[part.embedding] = 0.0
+        wanted = np.ascontiguousarray(target[rows]).reshape(-1)
+        for tensor in (dweights.norm, dweights.gate_weight, dweights.gate_bias):
+            tensor[...] = 0.0
         return _loss_and_dhidden(packed, dweights, shard, wanted, objective, 1.0 / counted)
 
     reports = run_all(forward_part, every)
@@ -175,9 +173,13 @@ def gradient(
         _backward_through_loops(packed, dweights, shard, ids[index], places[index])
 
     run_all(backward_part, every)
-    total = workspace.total.contiguous()
-    for other in workspace.gradients[1:]:
-        np.add(total, other.contiguous(), out=total)
+    flat = [own.contiguous() for own in workspace.gradients]
+
+    def add_up(part: slice) -> None:
+        for other in flat[1:]:
+            np.add(flat[0][part], other[part], out=flat[0][part])
+
+    run_all(add_up, shards(flat[0].size, len(flat)))
     return GradientReport(
         objective=sum(report.objective for report in reports),
         loss=np.sum([report.loss for report in reports], axis=0),
@@ -207,7 +209,7 @@ def _loss_and_dhidden(
             products.forward_into(logits, hidden[r, part], weights.head)
             cross_entropy.loss_and_gradient_in_place(loss[r, part], logits, dloss[r, part], target[part])
             products.dx_into(shard.dhidden[r, part], logits, weights.head)
-            products.accumulate_dweight(dweights.head, logits, hidden[r, part])
+            products.dweight_into(dweights.head, logits, hidden[r, part], r > 0 or begin > 0)
     value, dgate_logit = objective.value_and_dgate(loss, gate_logit)
     dgate_logit *= np.float32(scale) * counted
     _gate_backward(weights, dweights, shard, dgate_logit)
@@ -248,10 +250,9 @@ def _backward_through_loops(
                 np.add(shard.dhidden[r], dx, out=shard.dhidden[r])
             last = tape.output(application)
             rmsnorm.backward_into(dx, dweights.norm, shard.dhidden[r], last, weights.norm, tape.rrms[r], False)
-        if after > every - len(layers):  # the first time; activations may have lain there until now
-            flat[part.layers[index]] = 0.0
         x, saved = tape.input(application), tape.saved(application)
-        layer_backward(dx, dweights.layers[index], layers[index], config, x, saved, tape.scratch, place)
+        again = after <= every - len(layers)  # the first time, activations may lie where the gradient will
+        layer_backward(dx, dweights.layers[index], layers[index], config, x, saved, tape.scratch, place, again)
     if not config.tie_word_embeddings:
         flat[part.embedding] = 0.0
     embedding.scatter_add_into(dweights.embedding, dx, input_ids.reshape(-1))

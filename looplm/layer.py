@@ -207,13 +207,19 @@ def layer_backward(
     saved: Activations,
     scratch: Scratch,
     place: Placement,
+    add: bool,
 ) -> None:
-    """dx: ND holds the gradient of the layer's output and becomes that of its input; adds to every tensor of dlayer.
+    """dx: ND holds the gradient of the layer's output and becomes that of its input.
 
-    Both residual paths carry the gradient on unchanged, so it stays in dx and each branch adds its own part.
+    `add` to the tensors of dlayer, or replace what is in them.  Both residual paths carry the gradient on unchanged, so
+    it stays in dx and each branch adds its own part.
     """
+    if not add:
+        for norm in (dlayer.norm_1, dlayer.norm_2, dlayer.norm_3, dlayer.norm_4):
+            norm[:] = 0.0
     for block in scratch.blocks():
-        _mix_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch)
+        more = add or block.start > 0
+        _mix_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch, more)
     q, k, v = split_heads(config, saved.qkv, place)
     dq, dk, dv = split_heads(config, scratch.dqkv, place)
     scratch.attention.backward_into(
@@ -229,7 +235,8 @@ def layer_backward(
         _heads(saved.lse, place, 1)[..., 0],
     )
     for block in scratch.blocks():
-        _project_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch, place)
+        more = add or block.start > 0
+        _project_backward(dx[block], dlayer, layer, config, x[block], block, saved, scratch, place, more)
 
 
 def _mix_backward(
@@ -241,6 +248,7 @@ def _mix_backward(
     block: slice,
     saved: Activations,
     scratch: Scratch,
+    add: bool,
 ) -> None:
     """From the gradient of `out` to those of `mid` (in dx) and of `attention`, some rows."""
     products, rrms, rows = scratch.products, saved.rrms[:, block], len(dx)
@@ -250,13 +258,13 @@ def _mix_backward(
     rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out[block], layer.norm_4, rrms[3], False)
     products.dx_into(dactivated, dout, layer.down)
     swiglu.backward_into(dgate_up, activated, dactivated, gate_up)
-    products.accumulate_dweight(dlayer.down, dout, activated)
+    products.dweight_into(dlayer.down, dout, activated, add)
     rmsnorm.normed_into(normed, mid, layer.norm_3, rrms[2])
-    products.accumulate_dweight(dlayer.gate_up, dgate_up, normed)
+    products.dweight_into(dlayer.gate_up, dgate_up, normed, add)
     products.dx_into(dout, dgate_up, layer.gate_up)
     rmsnorm.backward_into(dx, dlayer.norm_3, dout, mid, layer.norm_3, rrms[2], True)
     rmsnorm.backward_into(dout, dlayer.norm_2, dx, saved.attention_out[block], layer.norm_2, rrms[1], False)
-    products.accumulate_dweight(dlayer.attention_out, dout, saved.attention[block])
+    products.dweight_into(dlayer.attention_out, dout, saved.attention[block], add)
     products.dx_into(scratch.dattention[block], dout, layer.attention_out)
 
 
@@ -270,6 +278,7 @@ def _project_backward(
     saved: Activations,
     scratch: Scratch,
     place: Placement,
+    add: bool,
 ) -> None:
     """From the gradients of q, k and v to that of x, added to dx; some rows."""
     products, rrms, rows = scratch.products, saved.rrms[0, block], len(dx)
@@ -278,6 +287,6 @@ def _project_backward(
     every_head = dqkv.reshape(rows, -1, config.head_dim)
     rope.rotate_in_place(every_head, turned, place.position[block], place.cos, place.sin, np.float32(-1.0))
     rmsnorm.normed_into(normed, x, layer.norm_1, rrms)
-    products.accumulate_dweight(dlayer.qkv, dqkv, normed)
+    products.dweight_into(dlayer.qkv, dqkv, normed, add)
     products.dx_into(dout, dqkv, layer.qkv)
     rmsnorm.backward_into(dx, dlayer.norm_1, dout, x, layer.norm_1, rrms, True)

@@ -42,6 +42,17 @@ def shards(rows: int, threads: int, together: int = 1) -> list[slice]:
     return [slice(begin, end) for begin, end in itertools.pairwise(borders)]
 
 
+def even_shares(sizes: dict[str, int], threads: int) -> list[list[str]]:
+    """Names shared out so that each thread has about the same of their sizes: the largest first, to whom has least."""
+    found: list[list[str]] = [[] for _ in range(threads)]
+    loads = [0] * threads
+    for name in sorted(sizes, key=lambda name: -sizes[name]):
+        least = loads.index(min(loads))
+        found[least].append(name)
+        loads[least] += sizes[name]
+    return found
+
+
 def run_all(work: Callable[[Item], Result], items: list[Item]) -> list[Result]:
     """`work` of every item, side by side; results in the order of the items."""
     limit_blas_threads()

@@ -21,13 +21,14 @@ from .arrays import Floats, aligned_empty
 from .data import Batch
 from .errors import ConfigError, TrainingError
 from .gradient import GradientReport, GradientWorkspace, gradient
-from .kernels import adamw_update, gradient_norm
+from .kernels import adamw_update
+from .kernels.adamw import NORM_BLOCK, sums_of_squares
 from .kernels.product.select import Path, choose
 from .memory import choose_recompute, give_back
 from .objectives import StageOne, entropy, log_prior
 from .ranks import ALONE, Ranks, share
 from .settings import TrainConfig
-from .threads import available_threads
+from .threads import available_threads, run_all, shards
 from .weights import Weights, parameter_table
 
 MIN_WARMUP_STEPS = 20
@@ -106,40 +107,47 @@ def product_path(config: TrainConfig) -> Path:
 
 
 class Optimizer:
-    """AdamW over the flat buffer: clip by the whole gradient's norm, decay matrices only."""
+    """AdamW over the flat buffer: clip by the whole gradient's norm, decay matrices only.
 
-    def __init__(self, weights: Weights, config: TrainConfig) -> None:
+    Threads share the work; their number changes no bit.
+    """
+
+    def __init__(self, weights: Weights, config: TrainConfig, threads: int = 1) -> None:
         self.weights, self.config = weights, config
         size = weights.contiguous().size
         self.first_moment, self.second_moment = aligned_empty((size,)), aligned_empty((size,))
         self.first_moment[:], self.second_moment[:] = 0.0, 0.0
-        self._segments = decay_segments(weights)
+        self.parts = shards(size, threads, NORM_BLOCK)
+        self._segments = [segments_within(decay_segments(weights), part) for part in self.parts]
 
     def update(self, grad: Floats, step: int, rate: float) -> float:
-        """One update; `step` counts from 1.  Returns the gradient's norm before clipping.
+        """One update; `step` counts from 1.  Returns the gradient's norm before clipping, to which `grad` is cut.
 
         Raises: TrainingError if the norm is not finite; nothing is changed then.
         """
-        config = self.config
-        (norm,) = gradient_norm(grad)
+        config, weight = self.config, self.weights.contiguous()
+        norm = float(np.sqrt(np.concatenate(run_all(lambda part: sums_of_squares(grad[part]), self.parts)).sum()))
         if not math.isfinite(norm):
             raise _diverged("gradient norm", norm, step)
-        if config.clip and norm > config.clip:
-            np.multiply(grad, np.float32(config.clip / norm), out=grad)
-        flat = self.weights.contiguous()
-        for part, decays in self._segments:
-            adamw_update(
-                flat[part],
-                grad[part],
-                self.first_moment[part],
-                self.second_moment[part],
-                step,
-                rate,
-                config.beta1,
-                config.beta2,
-                config.adam_eps,
-                config.weight_decay if decays else 0.0,
-            )
+
+        def update_part(segments: list[tuple[slice, bool]]) -> None:
+            for part, decays in segments:
+                if config.clip and norm > config.clip:
+                    np.multiply(grad[part], np.float32(config.clip / norm), out=grad[part])
+                adamw_update(
+                    weight[part],
+                    grad[part],
+                    self.first_moment[part],
+                    self.second_moment[part],
+                    step,
+                    rate,
+                    config.beta1,
+                    config.beta2,
+                    config.adam_eps,
+                    config.weight_decay if decays else 0.0,
+                )
+
+        run_all(update_part, self._segments)
         return norm
 
 
@@ -155,6 +163,12 @@ def decay_segments(weights: Weights) -> list[tuple[slice, bool]]:
     return segments
 
 
+def segments_within(segments: list[tuple[slice, bool]], part: slice) -> list[tuple[slice, bool]]:
+    """What of these runs lies in a part of the buffer."""
+    cut = [(slice(max(run.start, part.start), min(run.stop, part.stop)), decays) for run, decays in segments]
+    return [(run, decays) for run, decays in cut if run.start < run.stop]
+
+
 class Trainer:
     """Weights, optimizer and progress of one Stage I run; set `progress` and moments to go on from a checkpoint.
 
@@ -168,7 +182,7 @@ class Trainer:
         held = weights.contiguous().nbytes
         self.recompute = choose_recompute(weights.config, config, self.threads, self.path, held, ranks.sharing)
         self.progress = Progress()
-        self.optimizer = Optimizer(weights, config)
+        self.optimizer = Optimizer(weights, config, self.threads)
         loops = weights.config.total_ut_steps
         self._objective = StageOne(config.entropy_weight, log_prior(config.prior, loops))
         self._workspace: GradientWorkspace | None = None

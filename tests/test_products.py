@@ -85,13 +85,14 @@ def test_wrong_rounding_is_caught(name: str) -> None:
     assert None not in found
 
 
-def test_weight_gradients_add_to_what_is_there() -> None:
+def test_weight_gradients_replace_what_is_there_or_add_to_it() -> None:
     rng = np.random.default_rng(0)
     dy, x = rng.standard_normal((300, 21), np.float32), rng.standard_normal((300, 18), np.float32)
     for path in PATHS.values():
-        total = np.full((21, 18), 7.0, np.float32)
-        path.products([(21, 18)]).accumulate_dweight(total, dy, x)
-        assert contract.relative_error(7.0 + dy.T.astype(np.float64) @ x, total) < 5e-3
+        products, total = path.products([(21, 18)]), np.full((21, 18), np.nan, np.float32)
+        for times, add in ((1, False), (2, True), (1, False)):
+            products.dweight_into(total, dy, x, add)
+            assert contract.relative_error(times * dy.T.astype(np.float64) @ x, total) < 5e-3
 
 
 def test_rounding_keeps_what_is_no_number() -> None:

@@ -11,7 +11,7 @@ from looplm.generation import Session
 from looplm.kernels import team as kernel
 from looplm.kernels.product.stored import FEW_ROWS
 from looplm.stored import FORMATS, Format, StoredWeights
-from looplm.threads import Team
+from looplm.threads import Team, even_shares
 from random_models import CONFIG, random_ids, random_weights
 from stored_models import in_format
 from test_session import decode
@@ -90,3 +90,11 @@ def test_a_helper_that_comes_late_finds_nothing(monkeypatch: pytest.MonkeyPatch)
     expected = states(weights, monkeypatch, team, 3)
     assert kernel.work.call(team._at, int(team._control[kernel.OVER]), 1) == 0
     np.testing.assert_array_equal(states(weights, monkeypatch, team, 3), expected)
+
+
+def test_work_is_shared_out_evenly() -> None:
+    sizes = {"a": 1, "b": 6, "c": 2, "d": 4, "e": 3}
+    shares = even_shares(sizes, 2)
+    assert sorted(name for share in shares for name in share) == sorted(sizes)
+    assert [sum(map(sizes.get, share)) for share in shares] == [8, 8]
+    assert even_shares({"a": 5}, 3) == [["a"], [], []]

@@ -26,8 +26,8 @@ trapped_tiles.pretend("sapphirerapids", {SAPPHIRE_RAPIDS!r})
 from looplm.kernels.product import tiles
 matrix, words, line = "f4[:,::1]", "u4[::1]", "f4[::1]"
 tiles._multiply.compile(f"void({{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}}, {{words}})")
-tiles._accumulate_outer.compile(f"void({{', '.join([matrix] * 3 + [words] * 3 + [line, words])}})")
-for kernel in (tiles._multiply, tiles._accumulate_outer):
+tiles._outer.compile(f"void({{', '.join([matrix] * 3 + ['bool'] + [words] * 3 + [line, words])}})")
+for kernel in (tiles._multiply, tiles._outer):
     (assembly,) = kernel.inspect_asm().values()
     print(assembly, end="=====")
 """
@@ -38,8 +38,8 @@ trapped_tiles.pretend("sapphirerapids", {SAPPHIRE_RAPIDS!r})
 from looplm.kernels.product import pairs
 matrix, words, line = "f4[:,::1]", "u4[::1]", "f4[::1]"
 pairs._multiply.compile(f"void({{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}})")
-pairs._accumulate_outer.compile(f"void({{matrix}}, {{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}})")
-for kernel in (pairs._multiply, pairs._accumulate_outer):
+pairs._outer.compile(f"void({{matrix}}, {{matrix}}, {{matrix}}, bool, {{words}}, {{words}}, {{line}})")
+for kernel in (pairs._multiply, pairs._outer):
     (assembly,) = kernel.inspect_asm().values()
     print(assembly, end="=====")
 """

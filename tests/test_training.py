@@ -87,12 +87,14 @@ def test_decay_segments_are_the_matrices_and_as_few_as_possible() -> None:
         assert (decaying[parameter.offset : parameter.offset + parameter.size] == matrix).all(), parameter.name
 
 
+@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("size", [0.01, 3.0])
-def test_an_update_is_adamw_with_clipping_and_decay_on_matrices(size: float) -> None:
+def test_an_update_is_adamw_with_clipping_and_decay_on_matrices(size: float, threads: int) -> None:
     rng = np.random.default_rng(2)
     config = TrainConfig(beta1=0.8, beta2=0.9, adam_eps=1e-2, weight_decay=0.3, clip=1.0)
     weights = initialise(MODEL, InitConfig(), 1)
-    optimizer = Optimizer(weights, config)
+    optimizer = Optimizer(weights, config, threads)
+    assert len(optimizer.parts) == threads
     flat = weights.contiguous().astype(np.float64)
     first, second = np.zeros_like(flat), np.zeros_like(flat)
     matrix = np.concatenate([np.full(p.size, p.decays) for p in parameter_table(MODEL)])
@@ -108,6 +110,16 @@ def test_an_update_is_adamw_with_clipping_and_decay_on_matrices(size: float) -> 
             flat[where], first[where], second[where] = parts[0], parts[2], parts[3]
     np.testing.assert_allclose(weights.contiguous(), flat, atol=1e-6)
     np.testing.assert_allclose(optimizer.first_moment, first, atol=1e-6 * size)
+
+
+def test_an_update_has_the_same_bits_whoever_shares_it() -> None:
+    found = []
+    for threads in (1, 2, 3):
+        optimizer = Optimizer(initialise(MODEL, InitConfig(), 1), TrainConfig(clip=1.0), threads)
+        grad = np.random.default_rng(5).standard_normal(optimizer.first_moment.size, np.float32)
+        norm = optimizer.update(grad, 1, 1e-3)
+        found.append((norm, optimizer.weights.contiguous().tobytes(), optimizer.second_moment.tobytes()))
+    assert found[0] == found[1] == found[2]
 
 
 def test_without_a_clip_a_large_gradient_stays() -> None:

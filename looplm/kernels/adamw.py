@@ -2,8 +2,10 @@
 
 import numpy as np
 
-from ..arrays import Floats
+from ..arrays import Array, Floats
 from .jit import njit
+
+NORM_BLOCK = 4096  # numbers that are summed in float32
 
 
 @njit
@@ -18,15 +20,12 @@ def _update(weight, grad, first_moment, second_moment, beta1, beta2, rate, root_
 
 
 @njit
-def _sum_of_squares(grad):
-    """Blocks of 4096 in float32, blocks in float64: as exact as float64 throughout, and vectorised."""
-    total = 0.0
-    for begin in range(0, grad.size, 4096):
-        block, part = grad[begin : begin + 4096], np.float32(0.0)
-        for i in range(block.size):
-            part += block[i] * block[i]
-        total += np.float64(part)
-    return total
+def _sums_of_squares(sums, grad):
+    for i in range(sums.size):
+        block, part = grad[i * NORM_BLOCK : (i + 1) * NORM_BLOCK], np.float32(0.0)
+        for j in range(block.size):
+            part += block[j] * block[j]
+        sums[i] = part
 
 
 def adamw_update(
@@ -58,5 +57,12 @@ def adamw_update(
     return ()
 
 
+def sums_of_squares(grad: Floats) -> Array:
+    """Of runs of NORM_BLOCK numbers: each in float32, vectorised; they are to be added up in float64.  grad: N"""
+    sums = np.empty(-(-grad.size // NORM_BLOCK))
+    _sums_of_squares(sums, grad)
+    return sums
+
+
 def gradient_norm(grad: Floats) -> tuple[float]:
-    return (float(np.sqrt(_sum_of_squares(np.ascontiguousarray(grad).reshape(-1)))),)
+    return (float(np.sqrt(sums_of_squares(np.ascontiguousarray(grad).reshape(-1)).sum())),)

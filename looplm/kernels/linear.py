@@ -25,10 +25,10 @@ def linear_on(path: Path) -> tuple[Forward, Backward]:
         return (y,)
 
     def linear_backward(dy: Floats, x: Floats, weight: Floats) -> tuple[Floats, Floats]:
-        dx, dweight = np.empty_like(x), np.zeros_like(weight)
+        dx, dweight = np.empty_like(x), np.empty_like(weight)
         products, packed = path.products([weight.shape]), path.pack(weight, path.room(weight.shape))
         products.dx_into(_rows(dx), _rows(dy), packed)
-        products.accumulate_dweight(dweight, _rows(dy), _rows(x))
+        products.dweight_into(dweight, _rows(dy), _rows(x), False)
         return dx, dweight
 
     return linear_forward, linear_backward

@@ -30,5 +30,5 @@ class Products(Protocol):
     def dx_into(self, dx: Floats, dy: Floats, weight: Matrix) -> None:
         """dx = dy times the weight.  dy: MN -> dx: MK"""
 
-    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
-        """dweight += dy's transpose times x.  dy: MN, x: MK, dweight: NK"""
+    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+        """dweight = dy's transpose times x, added to what is there if `add`.  dy: MN, x: MK, dweight: NK"""

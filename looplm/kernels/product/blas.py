@@ -27,11 +27,12 @@ class BlasProducts:
         """dx: MK from dy: MN."""
         np.matmul(dy, weight, out=dx)
 
-    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
-        """dweight: NK grows by dy: MN transposed times x: MK."""
-        product = self._outer[: dweight.size].reshape(dweight.shape)
+    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+        """dweight: NK from dy: MN and x: MK."""
+        product = self._outer[: dweight.size].reshape(dweight.shape) if add else dweight
         np.matmul(dy.T, x, out=product)
-        np.add(dweight, product, out=dweight)
+        if add:
+            np.add(dweight, product, out=dweight)
 
 
 def _blas_libraries() -> Iterator[pathlib.Path]:

@@ -14,7 +14,16 @@ from ..jit import njit
 from ..rounded_attention import PairAttention
 from ..vectors import TILE_COLUMNS, TILE_ROWS
 from .packing import PackedWords, empty_words, pack_right, pair_lines, pair_rows
-from .panels import DEPTH, LEFT_TILES, MAX_ROWS, OUTER_DEPTH, ROW_BLOCK, add_tiles, panel_count, rows_times_panels
+from .panels import (
+    DEPTH,
+    LEFT_TILES,
+    MAX_ROWS,
+    OUTER_DEPTH,
+    ROW_BLOCK,
+    panel_count,
+    rows_times_panels,
+    tiles_times_panels,
+)
 
 SPARE = 8  # words that a block of packed tiles may spill over
 
@@ -46,9 +55,9 @@ class PairProducts:
         """dx: MK from dy: MN."""
         _multiply(dx, dy, weight.plain, self._rows, self._edge)
 
-    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
-        """dweight: NK grows by dy: MN transposed times x: MK."""
-        _accumulate_outer(dweight, dy, x, self._tiles, self._panels, self._edge)
+    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+        """dweight: NK from dy: MN and x: MK."""
+        _outer(dweight, dy, x, add, self._tiles, self._panels, self._edge)
 
 
 @njit
@@ -83,8 +92,8 @@ def _multiply(y, x, panels, words, edge):
 
 
 @njit
-def _accumulate_outer(dweight, dy, x, tiles, panels, edge):
-    """dweight: NK += dy: MN transposed times x: MK."""
+def _outer(dweight, dy, x, add, tiles, panels, edge):
+    """dweight: NK (+)= dy: MN transposed times x: MK."""
     rows, n = dy.shape
     for first_row in range(0, rows, OUTER_DEPTH):
         depth = min(OUTER_DEPTH, rows - first_row)
@@ -93,4 +102,5 @@ def _accumulate_outer(dweight, dy, x, tiles, panels, edge):
         for first in range(0, n, LEFT_TILES * TILE_ROWS):
             width = min(LEFT_TILES * TILE_ROWS, n - first)
             _pack_left(tiles, dy, first_row, depth, first, width)
-            add_tiles(dweight, first, width, tiles, panels, half, SPARE, edge)
+            more = 1 if add or first_row else 0
+            tiles_times_panels(dweight, first, width, more, tiles, panels, half, SPARE, edge)

@@ -96,9 +96,9 @@ class PanelProducts:
         """dx: MK from dy: MN."""
         _multiply(dx, dy, weight.plain, self._edge)
 
-    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
-        """dweight: NK grows by dy: MN transposed times x: MK."""
-        _accumulate_outer(dweight, dy, x, self._tiles, self._panels, self._edge)
+    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+        """dweight: NK from dy: MN and x: MK."""
+        _outer(dweight, dy, x, add, self._tiles, self._panels, self._edge)
 
 
 @njit
@@ -206,8 +206,8 @@ def _multiply(y, x, panels, edge):
 
 
 @njit
-def add_tiles(dweight, first, width, tiles, panels, depth, spare, edge):
-    """dweight[first : first + width] += packed tiles (`spare` elements apart) times all packed panels."""
+def tiles_times_panels(dweight, first, width, add, tiles, panels, depth, spare, edge):
+    """dweight[first : first + width] (+)= packed tiles (`spare` elements apart) times all packed panels."""
     columns, flat = dweight.shape[1], dweight.reshape(-1)
     for row in range(0, width, TILE_ROWS):
         left, top = row // TILE_ROWS * (depth * TILE_ROWS + spare), first + row
@@ -217,17 +217,18 @@ def add_tiles(dweight, first, width, tiles, panels, depth, spare, edge):
                 into = top * columns + column
                 if column + 2 * TILE_COLUMNS <= columns:
                     fetch_sums(flat, into + TILE_COLUMNS, columns, TILE_ROWS, TILE_COLUMNS)
-                tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, flat, into, columns, depth, 1)
+                tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, flat, into, columns, depth, add)
                 continue
             tile(tiles, left, 1, TILE_ROWS, panels, right, TILE_COLUMNS, edge, 0, TILE_COLUMNS, depth, 0)
             for r in range(min(TILE_ROWS, width - row)):
                 for j in range(min(TILE_COLUMNS, columns - column)):
-                    dweight[top + r, column + j] += edge[r * TILE_COLUMNS + j]
+                    before = dweight[top + r, column + j] if add else _ZERO
+                    dweight[top + r, column + j] = before + edge[r * TILE_COLUMNS + j]
 
 
 @njit
-def _accumulate_outer(dweight, dy, x, tiles, panels, edge):
-    """dweight: NK += dy: MN transposed times x: MK."""
+def _outer(dweight, dy, x, add, tiles, panels, edge):
+    """dweight: NK (+)= dy: MN transposed times x: MK."""
     rows, n = dy.shape
     for first_row in range(0, rows, OUTER_DEPTH):
         depth = min(OUTER_DEPTH, rows - first_row)
@@ -235,4 +236,5 @@ def _accumulate_outer(dweight, dy, x, tiles, panels, edge):
         for first in range(0, n, LEFT_TILES * TILE_ROWS):
             width = min(LEFT_TILES * TILE_ROWS, n - first)
             _pack_left(tiles, dy, first_row, depth, first, width)
-            add_tiles(dweight, first, width, tiles, panels, depth, SPARE, edge)
+            more = 1 if add or first_row else 0
+            tiles_times_panels(dweight, first, width, more, tiles, panels, depth, SPARE, edge)

@@ -48,16 +48,17 @@ def fault(path: Multiplies) -> str:
     """What is wrong with a path's three products, beside NumPy's of the same operands; empty if nothing is."""
     (n, k), rng = SHAPE, np.random.default_rng(0)
     x, dy, weight = (rng.standard_normal(shape, np.float32) for shape in ((ROWS, k), (ROWS, n), SHAPE))
-    y, dx, dweight = np.full_like(dy, np.nan), np.full_like(x, np.nan), np.ones_like(weight)
+    y, dx, dweight = (np.full_like(array, np.nan) for array in (dy, x, weight))
     products, packed = path.products([SHAPE]), path.pack(weight, path.room(SHAPE))
     products.forward_into(y, x, packed)
     products.dx_into(dx, dy, packed)
-    products.accumulate_dweight(dweight, dy, x)
+    for add in (False, True):
+        products.dweight_into(dweight, dy, x, add)
     right, left, matrix = (_operand(array, path.precision) for array in (x, dy, weight))
     compared = {
         "forward_into": (right @ matrix.T, y),
         "dx_into": (left @ matrix, dx),
-        "accumulate_dweight": (left.T @ right + 1.0, dweight),
+        "dweight_into": (2.0 * left.T @ right, dweight),
     }
     for name, (expected, found) in compared.items():
         error = float(np.sqrt(np.mean((found - expected) ** 2) / np.mean(expected**2)))

@@ -23,7 +23,7 @@ from .packing import PackedWords, depth_of, empty_words, pack_right, pack_rows_o
 from .panels import fetch_sums
 
 DEPTH = 256  # words, the longest run of a sum kept in registers: a panel of it takes 32 KiB of the first-level cache
-ROW_WORDS = 1 << 17  # words of the left operand that stay in the second-level cache (512 KiB)
+ROW_WORDS = 1 << 18  # words of the left operand that stay in the second-level cache (1 MiB)
 MAX_ROWS = 1024  # rows in a block, whatever the depth
 OUTER_ROWS = 2 * DEPTH  # rows that a weight gradient takes at a time
 LEFT_ROWS = 256  # rows of its left operand packed together (256 KiB)
@@ -57,9 +57,9 @@ class TileProducts:
         """dx: MK from dy: MN."""
         _multiply(dx, dy, weight.plain, self._rows, self._edge, self._state)
 
-    def accumulate_dweight(self, dweight: Floats, dy: Floats, x: Floats) -> None:
-        """dweight: NK grows by dy: MN transposed times x: MK."""
-        _accumulate_outer(dweight, dy, x, self._left, self._lines, self._panels, self._edge, self._state)
+    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+        """dweight: NK from dy: MN and x: MK."""
+        _outer(dweight, dy, x, add, self._left, self._lines, self._panels, self._edge, self._state)
 
 
 @njit
@@ -109,13 +109,13 @@ def _multiply(y, x, panels, words, edge, state):
 
 
 @njit
-def _accumulate_outer(dweight, dy, x, left, lines, panels, edge, state):
-    """dweight: NK += dy: MN transposed times x: MK."""
+def _outer(dweight, dy, x, add, left, lines, panels, edge, state):
+    """dweight: NK (+)= dy: MN transposed times x: MK."""
     n, columns = dweight.shape
     flat = dweight.reshape(-1)
     begin_tiles(state)
     for first_row in range(0, dy.shape[0], OUTER_ROWS):
-        rows = min(OUTER_ROWS, dy.shape[0] - first_row)
+        rows, more = min(OUTER_ROWS, dy.shape[0] - first_row), add or first_row > 0
         depth = _depth(rows)
         pack_right(panels, x, first_row, rows, BLOCK, depth)
         for first in range(0, n, LEFT_ROWS):
@@ -129,10 +129,11 @@ def _accumulate_outer(dweight, dy, x, left, lines, panels, edge, state):
                     if row + BLOCK <= width and column + BLOCK <= columns:
                         if column + 2 * BLOCK <= columns:
                             fetch_sums(flat, into + BLOCK, columns, BLOCK, BLOCK)
-                        multiply_block(state, flat, into, columns, left, top, depth, panels, right, BLOCK, depth, True)
+                        multiply_block(state, flat, into, columns, left, top, depth, panels, right, BLOCK, depth, more)
                         continue
                     multiply_block(state, edge, 0, BLOCK, left, top, depth, panels, right, BLOCK, depth, False)
                     for r in range(min(BLOCK, width - row)):
                         for j in range(min(BLOCK, columns - column)):
-                            flat[into + r * columns + j] += edge[r * BLOCK + j]
+                            before = flat[into + r * columns + j] if more else np.float32(0.0)
+                            flat[into + r * columns + j] = before + edge[r * BLOCK + j]
     end_tiles(state)
