@@ -35,11 +35,11 @@ def lined_up(elements: int) -> int:
     return -(-elements // LINE) * LINE
 
 
-def aligned_empty(shape: tuple[int, ...]) -> Floats:
-    """An uninitialised float32 array whose first byte is a multiple of 64 (np.empty gives 0 or 16 modulo 64)."""
+def aligned_empty(shape: tuple[int, ...], dtype: type[np.generic] = np.float32) -> Array:
+    """An uninitialised array whose first byte is a multiple of 64 (np.empty gives 0 or 16 modulo 64)."""
     if _WITHOUT_MEMORY.get():
-        return np.broadcast_to(np.float32(0.0), shape)
-    size = int(np.prod(shape, dtype=np.int64))
-    raw = np.empty(size * 4 + 64, np.uint8)
+        return np.broadcast_to(dtype(0), shape)
+    size = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.empty(size + 64, np.uint8)
     offset = -raw.ctypes.data % 64
-    return raw[offset : offset + size * 4].view(np.float32).reshape(shape)
+    return raw[offset : offset + size].view(dtype).reshape(shape)

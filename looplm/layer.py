@@ -91,17 +91,19 @@ class Scratch:
         block = min(rows, ROW_BLOCK)
         self.products = products or BlasProducts()
         self.rows = rows
-        self.normed = aligned_empty((block, config.hidden_size))
+        operand = self.products.operand  # of what enters products and nothing else
+        self.normed = aligned_empty((block, config.hidden_size), operand)
         self.mid = aligned_empty((block, config.hidden_size))
-        self.activated = aligned_empty((block, config.intermediate_size))
+        self.activated = aligned_empty((block, config.intermediate_size), operand)
         self.attention = self.products.attention(keys, channels, backward)
         if backward:
             heads, groups = config.num_attention_heads, config.num_key_value_heads
             self.dqkv = aligned_empty((rows, (heads + 2 * groups) * channels))
             self.dattention = aligned_empty((rows, heads * channels))
-            self.dout = aligned_empty((block, config.hidden_size))
+            self.dout = aligned_empty((block, config.hidden_size), operand)
+            self.dnormed = aligned_empty((block, config.hidden_size))
             self.dactivated = aligned_empty((block, config.intermediate_size))
-            self.dgate_up = aligned_empty((block, 2 * config.intermediate_size))
+            self.dgate_up = aligned_empty((block, 2 * config.intermediate_size), operand)
 
     def blocks(self) -> Iterator[slice]:
         """All rows, a block at a time."""
@@ -253,6 +255,7 @@ def _mix_backward(
     """From the gradient of `out` to those of `mid` (in dx) and of `attention`, some rows."""
     products, rrms, rows = scratch.products, saved.rrms[:, block], len(dx)
     dout, normed, activated = scratch.dout[:rows], scratch.normed[:rows], scratch.activated[:rows]
+    dnormed = scratch.dnormed[:rows]
     dactivated, dgate_up = scratch.dactivated[:rows], scratch.dgate_up[:rows]
     gate_up, mid = saved.gate_up[block], _add_attention(layer, config, x, block, saved, scratch)
     rmsnorm.backward_into(dout, dlayer.norm_4, dx, saved.mlp_out[block], layer.norm_4, rrms[3], False)
@@ -261,8 +264,8 @@ def _mix_backward(
     products.dweight_into(dlayer.down, dout, activated, add)
     rmsnorm.normed_into(normed, mid, layer.norm_3, rrms[2])
     products.dweight_into(dlayer.gate_up, dgate_up, normed, add)
-    products.dx_into(dout, dgate_up, layer.gate_up)
-    rmsnorm.backward_into(dx, dlayer.norm_3, dout, mid, layer.norm_3, rrms[2], True)
+    products.dx_into(dnormed, dgate_up, layer.gate_up)
+    rmsnorm.backward_into(dx, dlayer.norm_3, dnormed, mid, layer.norm_3, rrms[2], True)
     rmsnorm.backward_into(dout, dlayer.norm_2, dx, saved.attention_out[block], layer.norm_2, rrms[1], False)
     products.dweight_into(dlayer.attention_out, dout, saved.attention[block], add)
     products.dx_into(scratch.dattention[block], dout, layer.attention_out)
@@ -282,11 +285,11 @@ def _project_backward(
 ) -> None:
     """From the gradients of q, k and v to that of x, added to dx; some rows."""
     products, rrms, rows = scratch.products, saved.rrms[0, block], len(dx)
-    dout, normed, dqkv = scratch.dout[:rows], scratch.normed[:rows], scratch.dqkv[block]
+    dnormed, normed, dqkv = scratch.dnormed[:rows], scratch.normed[:rows], scratch.dqkv[block]
     turned = config.num_attention_heads + config.num_key_value_heads
     every_head = dqkv.reshape(rows, -1, config.head_dim)
     rope.rotate_in_place(every_head, turned, place.position[block], place.cos, place.sin, np.float32(-1.0))
     rmsnorm.normed_into(normed, x, layer.norm_1, rrms)
     products.dweight_into(dlayer.qkv, dqkv, normed, add)
-    products.dx_into(dout, dqkv, layer.qkv)
-    rmsnorm.backward_into(dx, dlayer.norm_1, dout, x, layer.norm_1, rrms, True)
+    products.dx_into(dnormed, dqkv, layer.qkv)
+    rmsnorm.backward_into(dx, dlayer.norm_1, dnormed, x, layer.norm_1, rrms, True)

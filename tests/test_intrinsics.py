@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from looplm.kernels.intrinsics import larger32
+from looplm.kernels.intrinsics import larger32, put
 from looplm.kernels.jit import features, njit
+from looplm.kernels.vectors import bfloat_bits
 
 
 @njit
@@ -27,6 +28,32 @@ def test_the_largest_of_numbers_and_a_nan_wherever_it_is(size: int) -> None:
         assert np.isnan(highest(numbers_and_none))
     numbers[-1] = np.inf
     assert highest(numbers) == np.inf
+
+
+@njit
+def put_all(into, numbers):  # type: ignore[no-untyped-def]
+    for i in range(numbers.size):
+        put(into, i, numbers[i])
+
+
+@pytest.mark.kernels
+@pytest.mark.plain_python
+def test_a_number_is_put_as_the_array_keeps_it() -> None:
+    """In bfloat16 ties go to the even one, what is too large becomes infinite, and no number stays none."""
+    ties = np.array([0x3F808000, 0x3F818000, 0x7F7FFFFF, 0x00000001, 0x7F800001, 0xFFC00000], np.uint32).view(
+        np.float32
+    )
+    numbers = np.concatenate([ties, np.random.default_rng(0).standard_normal(61, np.float32)])
+    floats, bits = np.empty_like(numbers), np.empty(numbers.size, np.uint16)
+    put_all(floats, numbers)
+    put_all(bits, numbers)
+    np.testing.assert_array_equal(floats, numbers)
+    assert bits[:4].tolist() == [0x3F80, 0x3F82, 0x7F80, 0]
+    assert np.isnan((bits[4:6].astype(np.uint32) << np.uint32(16)).view(np.float32)).all()
+    np.testing.assert_array_equal(bits, bfloat_bits(numbers))
+    turned = np.empty((2, numbers.size), np.uint16).T[:, 1]  # of a column, too
+    put_all(turned, numbers)
+    np.testing.assert_array_equal(turned, bits)
 
 
 @pytest.mark.skipif("avx512vnni" not in features(), reason="vectors of 64 bytes are wanted where they are fast")

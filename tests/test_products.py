@@ -95,6 +95,31 @@ def test_weight_gradients_replace_what_is_there_or_add_to_it() -> None:
             assert contract.relative_error(times * dy.T.astype(np.float64) @ x, total) < 5e-3
 
 
+@pytest.mark.kernels
+@pytest.mark.plain_python
+@pytest.mark.parametrize("dims", SHAPES, ids=name_of)
+@pytest.mark.parametrize(
+    "path", [path for path in PATHS.values() if path.precision == "bf16"], ids=lambda path: path.name
+)
+def test_operands_may_be_rounded_already(path: select.Path, dims: dict[str, int]) -> None:
+    rows, depth, columns = dims["S"], dims["D"], dims["F"]
+    rng = np.random.default_rng(rows)
+    x, dy, weight = (
+        rng.standard_normal(shape, np.float32) for shape in ((rows, depth), (rows, columns), (columns, depth))
+    )
+    products, packed = path.products([weight.shape]), path.pack(weight, path.room(weight.shape))
+    assert products.operand == np.uint16
+    found = []
+    for left, right in ((dy, x), tuple(bfloat_bits(array).astype(np.uint16) for array in (dy, x))):
+        y, dx, dweight = np.empty_like(dy), np.empty_like(x), np.empty_like(weight)
+        products.forward_into(y, right, packed)
+        products.dx_into(dx, left, packed)
+        products.dweight_into(dweight, left, right, False)
+        found.append((y, dx, dweight))
+    for from_floats, from_bits in zip(*found, strict=True):
+        np.testing.assert_array_equal(from_floats, from_bits)
+
+
 def test_rounding_keeps_what_is_no_number() -> None:
     special = np.array([np.nan, -np.nan, np.inf, -np.inf, 0.0, -0.0, 3.4e38, 1e-40], np.float32)
     bits = (bfloat_bits(special) << np.uint32(16)).view(np.float32)

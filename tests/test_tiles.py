@@ -25,8 +25,9 @@ import trapped_tiles
 trapped_tiles.pretend("sapphirerapids", {SAPPHIRE_RAPIDS!r})
 from looplm.kernels.product import tiles
 matrix, words, line = "f4[:,::1]", "u4[::1]", "f4[::1]"
-tiles._multiply.compile(f"void({{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}}, {{words}})")
-tiles._outer.compile(f"void({{', '.join([matrix] * 3 + ['bool'] + [words] * 3 + [line, words])}})")
+either = f"{{matrix}}, u2[:,::1]"
+tiles._multiply.compile(f"void({{matrix}}, {{either}}, {{words}}, {{words}}, {{line}}, {{words}})")
+tiles._outer.compile(f"void({{', '.join([matrix] + [either] * 2 + ['bool'] + [words] * 3 + [line, words])}})")
 for kernel in (tiles._multiply, tiles._outer):
     (assembly,) = kernel.inspect_asm().values()
     print(assembly, end="=====")
@@ -37,8 +38,9 @@ import trapped_tiles
 trapped_tiles.pretend("sapphirerapids", {SAPPHIRE_RAPIDS!r})
 from looplm.kernels.product import pairs
 matrix, words, line = "f4[:,::1]", "u4[::1]", "f4[::1]"
-pairs._multiply.compile(f"void({{matrix}}, {{matrix}}, {{words}}, {{words}}, {{line}})")
-pairs._outer.compile(f"void({{matrix}}, {{matrix}}, {{matrix}}, bool, {{words}}, {{words}}, {{line}})")
+either = f"{{matrix}}, u2[:,::1]"
+pairs._multiply.compile(f"void({{matrix}}, {{either}}, {{words}}, {{words}}, {{line}})")
+pairs._outer.compile(f"void({{matrix}}, {{either}}, {{either}}, bool, {{words}}, {{words}}, {{line}})")
 for kernel in (pairs._multiply, pairs._outer):
     (assembly,) = kernel.inspect_asm().values()
     print(assembly, end="=====")

@@ -155,7 +155,7 @@ def pack_keys(buffer, k, v):
     return key_panels, value_panels, rest
 
 
-@njit
+@njit(forceinline=True)
 def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
     """One query head.  y, q: SK, lse: S; the last query sees keys first_key and on, each before it one key less."""
     queries, channels = q.shape

@@ -87,7 +87,7 @@ def score_size(keys: int) -> int:
     return keys + KEYS
 
 
-@njit
+@njit(forceinline=True)
 def _soften(scores, count, scale):
     """Scores to weights, which sum to 1."""
     weight = floats_at(scores, count)
@@ -103,7 +103,7 @@ def _soften(scores, count, scale):
         weight[j] *= inverse
 
 
-@njit
+@njit(forceinline=True)
 def _weigh_rest(kind, values, weight, count, out, first, channels):
     """out += weights times values, channels from `first` on."""
     factors, sums = floats_at(weight, count), floats_at(out, channels)

@@ -22,7 +22,7 @@ def _highest(logits):
     return top
 
 
-@njit
+@njit(forceinline=True)
 def _run_sum(run, top, inverse):
     total = _ZERO
     for i in range(run.size):
@@ -30,7 +30,7 @@ def _run_sum(run, top, inverse):
     return np.float64(total)
 
 
-@njit
+@njit(forceinline=True)
 def _sum(logits, top, inverse):
     """The sum of exp((logit - top) * inverse), float64; NaN if a logit is."""
     total = 0.0

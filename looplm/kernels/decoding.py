@@ -56,7 +56,7 @@ def _prepare(plan, matrix, count, x, x_row, columns):
             call(plan[field.MULTIPLY + kind], (0, 0, columns, 0, 0, x, x_row, rows, 0, 0, ready, 0))
 
 
-@njit
+@njit(forceinline=True)
 def _norm(plan, y, weight):
     """y = norm(state)."""
     width, eps = plan[field.WIDTH_D], doubles_at(plan[field.CONSTANTS], 1)[0]
@@ -68,7 +68,7 @@ def _norm(plan, y, weight):
             out[i] = line[i] * scale * gain[i]
 
 
-@njit
+@njit(forceinline=True)
 def _add_norm(plan, weight):
     """state += norm(branch)."""
     width, eps = plan[field.WIDTH_D], doubles_at(plan[field.CONSTANTS], 1)[0]
@@ -186,7 +186,7 @@ def settle(plan_at, size, phase):
     return 0
 
 
-@njit
+@njit(forceinline=True)
 def _gate(plan):
     """What the gate says of the loop's result."""
     width = plan[field.WIDTH_D]

@@ -20,7 +20,7 @@ def _relative_change_into(change, before, hidden):
         change[row] = np.sqrt(moved / size)
 
 
-@njit
+@njit(forceinline=True)
 def _log_sum_exp(logits):
     top = np.float64(logits.max())
     total = 0.0

@@ -10,6 +10,7 @@ from typing import Any
 import llvmlite.ir as ir
 import numpy as np
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 
 from .jit import JIT_DISABLED, njit
@@ -47,6 +48,26 @@ def _larger(typing_context, a, b):
 
 
 @intrinsic
+def _put(typing_context, row, i, x):
+    def generate(context, builder, signature, values):
+        kind = signature.args[0]
+        row = context.make_array(kind)(context, builder, values[0])
+        place = cgutils.get_item_pointer(context, builder, kind, row, [values[1]])
+        number = values[2]
+        if kind.dtype == types.uint16:
+            bits = builder.bitcast(number, _I32)
+            odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+            rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+            quiet = builder.or_(bits, _I32(0x400000))
+            bits = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
+            number = builder.trunc(builder.lshr(bits, _I32(16)), ir.IntType(16))
+        builder.store(number, place)
+        return context.get_dummy_value()
+
+    return types.void(row, types.intp, types.float32), generate
+
+
+@intrinsic
 def _times_power_of_two(typing_context, x, n):
     def generate(context, builder, signature, values):
         exponent = builder.shl(builder.add(builder.fptosi(values[1], _I32), _I32(127)), _I32(23))
@@ -65,8 +86,12 @@ if JIT_DISABLED:  # plain Python twins, so that the kernels also run uncompiled
     def _times_power_of_two(x, n):
         return x if np.isnan(x) else np.float32(np.ldexp(x, int(n)))
 
+    def _put(row, i, x):
+        row[i] = round16(x) if row.dtype == np.uint16 else x
+
 
 round32: Any = _round  # to the nearest integer, ties to even
+put: Any = _put  # row[i] = x, or the bits of the nearest bfloat16 number where the row is of uint16
 larger32: Any = _larger  # NaN if one is: Python's max, which may lose one, keeps a loop from using vectors
 
 _LOG2_E = np.float32(1.4426950408889634)

@@ -134,7 +134,11 @@ def processor() -> dict[str, Any]:
 
 
 def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never", forceinline: bool = False) -> Any:
-    """`numba.njit` with this project's flags; the cache folder is ours only while decorating."""
+    """`numba.njit` with this project's flags; the cache folder is ours only while decorating.
+
+    What sums floats and is called by other kernels has to be `forceinline`: the compiler makes a second one inside its
+    caller, may add in another order there, and which of them is run depends on whether the caller came from the cache.
+    """
 
     def decorate(target: Callable[..., Any]) -> Any:
         before = _CONFIG.CACHE_DIR

@@ -1,8 +1,12 @@
-"""RMSNorm, alone and with a residual added: forward and backward."""
+"""RMSNorm, alone and with a residual added: forward and backward.
+
+What goes into products of bfloat16 numbers may be written as such: y, and a dx that nothing is added to, in uint16.
+"""
 
 import numpy as np
 
 from ..arrays import Floats
+from .intrinsics import put
 from .jit import njit
 
 
@@ -17,9 +21,10 @@ def row_rrms(row, eps):
 @njit
 def forward_into(y, rrms, x, weight, eps):
     for row in range(x.shape[0]):
-        scale = rrms[row] = row_rrms(x[row], eps)
+        scale, out = row_rrms(x[row], eps), y[row]
+        rrms[row] = scale
         for i in range(x.shape[1]):
-            y[row, i] = x[row, i] * scale * weight[i]
+            put(out, i, x[row, i] * scale * weight[i])
 
 
 @njit
@@ -34,9 +39,9 @@ def residual_forward_into(y, rrms, x, residual, weight, eps):
 def normed_into(y, x, weight, rrms):
     """The forward's output again, from its saved `rrms`."""
     for row in range(x.shape[0]):
-        scale = rrms[row]
+        scale, out = rrms[row], y[row]
         for i in range(x.shape[1]):
-            y[row, i] = x[row, i] * scale * weight[i]
+            put(out, i, x[row, i] * scale * weight[i])
 
 
 @njit
@@ -47,11 +52,12 @@ def backward_into(dx, dweight, dy, x, weight, rrms, add):
         scale, dot = rrms[row], np.float32(0.0)
         for i in range(width):
             dot += dy[row, i] * weight[i] * x[row, i]
+        out = dx[row]
         shift = dot * scale * scale / np.float32(width)  # dx = scale * (dy * weight - xhat * mean(dy * weight * xhat))
         for i in range(width):
             dweight[i] += dy[row, i] * x[row, i] * scale
             branch = (dy[row, i] * weight[i] - x[row, i] * shift) * scale
-            dx[row, i] = dx[row, i] + branch if add else branch
+            put(out, i, np.float32(out[i]) + branch if add else branch)
 
 
 def _rows(x: Floats) -> Floats:

@@ -225,15 +225,26 @@ def _bfloat_words(builder, first, second, neighbours):
 def _pair(count, neighbours=False):
     """pair(into, into_at, source, first_at, second_at): a bfloat16 of each in one word, the first in the lower half.
 
-    With `neighbours` first_at alone is given: word i holds source[first_at + 2 * i] and the number after it.
+    With `neighbours` first_at alone is given: word i holds source[first_at + 2 * i] and the number after it.  The
+    source is float32, or the bits of such numbers in uint16.
     """
 
     def emit(context, builder, signature, values):
-        def load(at):
-            return _load(builder, _pointer(context, builder, signature.args[2], values[2], at), _line(count))
+        rounded = signature.args[2].dtype == types.uint16
 
-        second_at = builder.add(values[3], _I64(count)) if neighbours else values[4]
-        words = _bfloat_words(builder, load(values[3]), load(second_at), neighbours)
+        def load(at, kind):
+            return _load(builder, _pointer(context, builder, signature.args[2], values[2], at), kind)
+
+        if rounded and neighbours:
+            words = load(values[3], _line(count, _I32))
+        elif rounded:
+            halves = [load(at, _line(count, ir.IntType(16))) for at in values[3:5]]
+            low, high = (builder.zext(half, _line(count, _I32)) for half in halves)
+            words = builder.or_(low, builder.shl(high, ir.Constant(high.type, [16] * count)))
+        else:
+            second_at = builder.add(values[3], _I64(count)) if neighbours else values[4]
+            lines = [load(at, _line(count)) for at in (values[3], second_at)]
+            words = _bfloat_words(builder, *lines, neighbours)
         _store(builder, words, _pointer(context, builder, signature.args[0], values[0], values[1]))
         return context.get_dummy_value()
 
@@ -244,11 +255,14 @@ def _pair(count, neighbours=False):
         return types.void(into, types.intp, source, types.intp), emit
 
     def plain(into, into_at, source, first_at, second_at=None):
+        def bits(at, count):
+            found = _from(source, at, count)
+            return found.astype(np.uint32) if source.dtype == np.uint16 else bfloat_bits(found)
+
         if second_at is None:
-            both = bfloat_bits(_from(source, first_at, 2 * count))
-            first, second = both[::2], both[1::2]
+            first, second = bits(first_at, 2 * count)[::2], bits(first_at, 2 * count)[1::2]
         else:
-            first, second = (bfloat_bits(_from(source, at, count)) for at in (first_at, second_at))
+            first, second = bits(first_at, count), bits(second_at, count)
         _from(into, into_at, count)[:] = first | (second << np.uint32(16))
 
     return plain if JIT_DISABLED else intrinsic(side_by_side if neighbours else apart)
@@ -343,7 +357,7 @@ def _transpose_eight_plain(into, into_at, into_step, source, source_at, source_s
 
 
 def _from(array, at, count):
-    return np.lib.stride_tricks.as_strided(array, (at + count,), (4,))[at:]
+    return np.lib.stride_tricks.as_strided(array, (at + count,), (array.itemsize,))[at:]
 
 
 # Where the processor has no dot product of bfloat16 pairs, each half is widened and multiplied as float32.

@@ -7,7 +7,9 @@ a `Products` of its own: see select.py for the paths there are.
 from collections.abc import Callable
 from typing import Any, Literal, Protocol
 
-from ...arrays import Floats
+import numpy as np
+
+from ...arrays import Array, Floats
 from ..attention import Attends
 from .blas import BlasProducts
 
@@ -24,11 +26,18 @@ class Products(Protocol):
     def attention(self) -> Callable[[int, int, bool], Attends]:
         """Who attends in the same precision: made for so many keys and channels, and for its gradient, too, or not."""
 
-    def forward_into(self, y: Floats, x: Floats, weight: Matrix) -> None:
+    @property
+    def operand(self) -> type[np.generic]:
+        """What x and dy are best given as: float32, or uint16, the bits of bfloat16 numbers, where they are rounded.
+
+        Such products take float32, too.
+        """
+
+    def forward_into(self, y: Floats, x: Array, weight: Matrix) -> None:
         """y = x times the weight's transpose.  x: MK -> y: MN"""
 
-    def dx_into(self, dx: Floats, dy: Floats, weight: Matrix) -> None:
+    def dx_into(self, dx: Floats, dy: Array, weight: Matrix) -> None:
         """dx = dy times the weight.  dy: MN -> dx: MK"""
 
-    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+    def dweight_into(self, dweight: Floats, dy: Array, x: Array, add: bool) -> None:
         """dweight = dy's transpose times x, added to what is there if `add`.  dy: MN, x: MK, dweight: NK"""

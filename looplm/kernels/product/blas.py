@@ -15,6 +15,7 @@ class BlasProducts:
     """One thread's products; `shapes` of the weights (N, K) that gradients are wanted of."""
 
     attention = Attention
+    operand = np.float32
 
     def __init__(self, shapes: Sequence[tuple[int, int]] = ()) -> None:
         self._outer = aligned_empty((max((n * k for n, k in shapes), default=0),))

@@ -1,5 +1,7 @@
 """float32 matrices rounded to bfloat16 on their way into what products read: what the bfloat16 paths share.
 
+A matrix of activations may be of such numbers already, their bits in uint16: then it is only packed.
+
 Two neighbours along the summed axis lie in one 32-bit word, the first in the lower half.  A sum has a depth, counted in
 words; beyond the matrix there are zeros, which add nothing.  What is multiplied from the left is rows of words, what is
 multiplied from the right lies in panels, so many columns wide.
@@ -16,6 +18,14 @@ from . import Use
 from .panels import arranged_for, two_rooms
 
 _ZERO, _LOWER = np.uint32(0), np.uint32(0xFFFF)
+_NO_FLOATS, _NO_BITS = np.empty((0, 0), np.float32), np.empty((0, 0), np.uint16)
+
+Either = tuple[Floats, Array]  # a matrix as float32 or as bits of bfloat16 numbers, and nothing as the other
+
+
+def either(x: Array) -> Either:
+    """So that one compiled product takes both: two arguments, since tuples take long to be passed."""
+    return (x, _NO_BITS) if x.dtype == np.float32 else (_NO_FLOATS, x)
 
 
 def empty_words(count: int) -> Array:
@@ -76,7 +86,7 @@ def pair_lines(words, at, source, first_at, second_at, count, alone):
 @njit
 def pair_rows(words, x, begin, rows, depth):
     """words: rows x depth from rows of x: MK."""
-    width, step = x.shape[1], x.strides[0] // 4
+    width, step = x.shape[1], x.strides[0] // x.itemsize
     half, whole = (width + 1) // 2, width // (2 * PAIR_WORDS) * PAIR_WORDS
     for row in range(rows):
         at, source = row * depth, (begin + row) * step
@@ -95,7 +105,7 @@ def pack_right(panels, x, first_row, rows, columns, depth):
 
     `columns` is a multiple of PAIR_WORDS.
     """
-    width, step = x.shape[1], x.strides[0] // 4
+    width, step = x.shape[1], x.strides[0] // x.itemsize
     half = (rows + 1) // 2
     for first in range(0, width, columns):
         count = min(columns, width - first)
@@ -132,7 +142,7 @@ def pack_transposed(panels, weight, lines, columns, depth):
 @njit
 def pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, columns, depth):
     """words: columns x depth: row i is column first_column + i of rows of x.  lines: 8 x columns, up to the next 8."""
-    step = x.strides[0] // 4
+    step = x.strides[0] // x.itemsize
     room = (columns + 7) // 8 * 8
     for k in range(0, depth, 8):
         for i in range(8):
@@ -146,3 +156,30 @@ def pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, colum
                 lines[i * room + j] = _ZERO
         for j in range(0, columns, 8):
             transpose_eight(words, j * depth + k, depth, lines, j, room)
+
+
+@njit
+def pair_rows_of(words, x, bits, begin, rows, depth):
+    """`pair_rows` of `either`."""
+    if x.size:
+        pair_rows(words, x, begin, rows, depth)
+    else:
+        pair_rows(words, bits, begin, rows, depth)
+
+
+@njit
+def pack_right_of(panels, x, bits, first_row, rows, columns, depth):
+    """`pack_right` of `either`."""
+    if x.size:
+        pack_right(panels, x, first_row, rows, columns, depth)
+    else:
+        pack_right(panels, bits, first_row, rows, columns, depth)
+
+
+@njit
+def pack_rows_of_transpose_of(words, lines, x, bits, first_row, rows, first_column, columns, depth):
+    """`pack_rows_of_transpose` of `either`."""
+    if x.size:
+        pack_rows_of_transpose(words, lines, x, first_row, rows, first_column, columns, depth)
+    else:
+        pack_rows_of_transpose(words, lines, bits, first_row, rows, first_column, columns, depth)

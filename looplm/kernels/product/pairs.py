@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...arrays import Floats, aligned_empty
+from ...arrays import Array, Floats, aligned_empty
 from ..jit import njit
 from ..rounded_attention import PairAttention
 from ..vectors import TILE_COLUMNS, TILE_ROWS
-from .packing import PackedWords, empty_words, pack_right, pair_lines, pair_rows
+from .packing import PackedWords, either, empty_words, pack_right_of, pair_lines, pair_rows_of
 from .panels import (
     DEPTH,
     LEFT_TILES,
@@ -39,6 +39,7 @@ class PairProducts:
     """One thread's products with weights of these shapes (N, K)."""
 
     attention = PairAttention
+    operand = np.uint16
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         half, columns, longest = OUTER_DEPTH // 2, max(k for _, k in shapes), max(max(shape) for shape in shapes)
@@ -47,17 +48,17 @@ class PairProducts:
         self._tiles = empty_words(LEFT_TILES * (half * TILE_ROWS + SPARE))
         self._panels = empty_words(half * panel_count(columns) * TILE_COLUMNS)
 
-    def forward_into(self, y: Floats, x: Floats, weight: PackedWords) -> None:
+    def forward_into(self, y: Floats, x: Array, weight: PackedWords) -> None:
         """y: MN from x: MK."""
-        _multiply(y, x, weight.transposed, self._rows, self._edge)
+        _multiply(y, *either(x), weight.transposed, self._rows, self._edge)
 
-    def dx_into(self, dx: Floats, dy: Floats, weight: PackedWords) -> None:
+    def dx_into(self, dx: Floats, dy: Array, weight: PackedWords) -> None:
         """dx: MK from dy: MN."""
-        _multiply(dx, dy, weight.plain, self._rows, self._edge)
+        _multiply(dx, *either(dy), weight.plain, self._rows, self._edge)
 
-    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+    def dweight_into(self, dweight: Floats, dy: Array, x: Array, add: bool) -> None:
         """dweight: NK from dy: MN and x: MK."""
-        _outer(dweight, dy, x, add, self._tiles, self._panels, self._edge)
+        _outer(dweight, *either(dy), *either(x), add, self._tiles, self._panels, self._edge)
 
 
 @njit
@@ -78,29 +79,32 @@ def _pack_left(tiles, dy, first_row, rows, first_column, columns):
 
 
 @njit
-def _multiply(y, x, panels, words, edge):
-    """y: MN = x: MK times panels; depths count words."""
+def _multiply(y, x, bits, panels, words, edge):
+    """y: MN = x: MK, x or bits of it, times panels; depths count words."""
     rows = y.shape[0]
-    depth = (x.shape[1] + 1) // 2
+    depth = (max(x.shape[1], bits.shape[1]) + 1) // 2
     runs = (depth + DEPTH - 1) // DEPTH
     run = (depth + runs - 1) // runs
     block = max(min(MAX_ROWS, 2 * ROW_BLOCK // depth), TILE_ROWS) // TILE_ROWS * TILE_ROWS
     for begin in range(0, rows, block):
         count = min(block, rows - begin)
-        pair_rows(words, x, begin, count, depth)
+        pair_rows_of(words, x, bits, begin, count, depth)
         rows_times_panels(y, begin, count, words, 0, depth, run, panels, edge)
 
 
 @njit
-def _outer(dweight, dy, x, add, tiles, panels, edge):
-    """dweight: NK (+)= dy: MN transposed times x: MK."""
-    rows, n = dy.shape
+def _outer(dweight, dy, dy_bits, x, x_bits, add, tiles, panels, edge):
+    """dweight: NK (+)= dy: MN transposed times x: MK, each itself or its bits."""
+    rows, n = max(dy.shape[0], dy_bits.shape[0]), dweight.shape[0]
     for first_row in range(0, rows, OUTER_DEPTH):
         depth = min(OUTER_DEPTH, rows - first_row)
         half = (depth + 1) // 2
-        pack_right(panels, x, first_row, depth, TILE_COLUMNS, half)
+        pack_right_of(panels, x, x_bits, first_row, depth, TILE_COLUMNS, half)
         for first in range(0, n, LEFT_TILES * TILE_ROWS):
             width = min(LEFT_TILES * TILE_ROWS, n - first)
-            _pack_left(tiles, dy, first_row, depth, first, width)
+            if dy.size:
+                _pack_left(tiles, dy, first_row, depth, first, width)
+            else:
+                _pack_left(tiles, dy_bits, first_row, depth, first, width)
             more = 1 if add or first_row else 0
             tiles_times_panels(dweight, first, width, more, tiles, panels, half, SPARE, edge)

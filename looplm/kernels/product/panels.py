@@ -81,6 +81,7 @@ class PanelProducts:
     """One thread's products with weights of these shapes (N, K)."""
 
     attention = Attention
+    operand = np.float32
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         columns = max(k for _, k in shapes)

@@ -14,12 +14,20 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...arrays import Floats, aligned_empty
+from ...arrays import Array, Floats, aligned_empty
 from ..amx import BLOCK, SIDE, begin_tiles, end_tiles, multiply_block, tile_state
 from ..jit import njit
 from ..rounded_attention import TileAttention
 from ..vectors import fetch_to_read
-from .packing import PackedWords, depth_of, empty_words, pack_right, pack_rows_of_transpose, pair_rows
+from .packing import (
+    PackedWords,
+    depth_of,
+    either,
+    empty_words,
+    pack_right_of,
+    pack_rows_of_transpose_of,
+    pair_rows_of,
+)
 from .panels import fetch_sums
 
 DEPTH = 256  # words, the longest run of a sum kept in registers: a panel of it takes 32 KiB of the first-level cache
@@ -40,6 +48,7 @@ class TileProducts:
     """One thread's products with weights of these shapes (N, K)."""
 
     attention = TileAttention
+    operand = np.uint16
 
     def __init__(self, shapes: Sequence[tuple[int, int]]) -> None:
         longest, columns = max(max(shape) for shape in shapes), max(k for _, k in shapes)
@@ -49,17 +58,17 @@ class TileProducts:
         self._left, self._lines = empty_words(LEFT_ROWS * DEPTH), empty_words(8 * LEFT_ROWS)
         self._panels = empty_words(DEPTH * -(-columns // BLOCK) * BLOCK)
 
-    def forward_into(self, y: Floats, x: Floats, weight: PackedWords) -> None:
+    def forward_into(self, y: Floats, x: Array, weight: PackedWords) -> None:
         """y: MN from x: MK."""
-        _multiply(y, x, weight.transposed, self._rows, self._edge, self._state)
+        _multiply(y, *either(x), weight.transposed, self._rows, self._edge, self._state)
 
-    def dx_into(self, dx: Floats, dy: Floats, weight: PackedWords) -> None:
+    def dx_into(self, dx: Floats, dy: Array, weight: PackedWords) -> None:
         """dx: MK from dy: MN."""
-        _multiply(dx, dy, weight.plain, self._rows, self._edge, self._state)
+        _multiply(dx, *either(dy), weight.plain, self._rows, self._edge, self._state)
 
-    def dweight_into(self, dweight: Floats, dy: Floats, x: Floats, add: bool) -> None:
+    def dweight_into(self, dweight: Floats, dy: Array, x: Array, add: bool) -> None:
         """dweight: NK from dy: MN and x: MK."""
-        _outer(dweight, dy, x, add, self._left, self._lines, self._panels, self._edge, self._state)
+        _outer(dweight, *either(dy), *either(x), add, self._left, self._lines, self._panels, self._edge, self._state)
 
 
 @njit
@@ -76,22 +85,25 @@ def _fetch_panel(panels, begin, length, part, parts):
 
 
 @njit
-def _multiply(y, x, panels, words, edge, state):
-    """y: MN = x: MK times panels."""
+def _multiply(y, x, bits, panels, words, edge, state):
+    """y: MN = x: MK, x or bits of it, times panels."""
     rows, columns = y.shape
-    depth = _depth(x.shape[1])
+    depth = _depth(max(x.shape[1], bits.shape[1]))
     block = max(min(MAX_ROWS, words.size // depth), BLOCK) // BLOCK * BLOCK
-    flat = y.reshape(-1)
+    flat, ready = y.reshape(-1), bits.shape[1] == 2 * depth and rows % BLOCK == 0
+    if ready:  # they are such words where they lie
+        words = bits.reshape(-1).view(np.uint32)
     begin_tiles(state)
     for begin in range(0, rows, block):
         count = min(block, rows - begin)
-        pair_rows(words, x, begin, count, depth)
-        words[count * depth : (count + BLOCK - 1) // BLOCK * BLOCK * depth] = _ZERO
+        if not ready:
+            pair_rows_of(words, x, bits, begin, count, depth)
+            words[count * depth : (count + BLOCK - 1) // BLOCK * BLOCK * depth] = _ZERO
         for k in range(0, depth, DEPTH):
             length = min(DEPTH, depth - k)
             for column in range(0, columns, BLOCK):
                 for row in range(0, count, BLOCK):
-                    left, right, into = row * depth, column * depth, (begin + row) * columns + column
+                    left, right, into = (row + begin * ready) * depth, column * depth, (begin + row) * columns + column
                     if row + BLOCK <= count and column + BLOCK <= columns:
                         at = right + k * BLOCK
                         if column + 2 * BLOCK <= columns:
@@ -109,18 +121,19 @@ def _multiply(y, x, panels, words, edge, state):
 
 
 @njit
-def _outer(dweight, dy, x, add, left, lines, panels, edge, state):
-    """dweight: NK (+)= dy: MN transposed times x: MK."""
+def _outer(dweight, dy, dy_bits, x, x_bits, add, left, lines, panels, edge, state):
+    """dweight: NK (+)= dy: MN transposed times x: MK, each itself or its bits."""
     n, columns = dweight.shape
     flat = dweight.reshape(-1)
     begin_tiles(state)
-    for first_row in range(0, dy.shape[0], OUTER_ROWS):
-        rows, more = min(OUTER_ROWS, dy.shape[0] - first_row), add or first_row > 0
+    every = max(dy.shape[0], dy_bits.shape[0])
+    for first_row in range(0, every, OUTER_ROWS):
+        rows, more = min(OUTER_ROWS, every - first_row), add or first_row > 0
         depth = _depth(rows)
-        pack_right(panels, x, first_row, rows, BLOCK, depth)
+        pack_right_of(panels, x, x_bits, first_row, rows, BLOCK, depth)
         for first in range(0, n, LEFT_ROWS):
             width = min(LEFT_ROWS, n - first)
-            pack_rows_of_transpose(left, lines, dy, first_row, rows, first, width, depth)
+            pack_rows_of_transpose_of(left, lines, dy, dy_bits, first_row, rows, first, width, depth)
             left[width * depth : (width + BLOCK - 1) // BLOCK * BLOCK * depth] = _ZERO
             for column in range(0, columns, BLOCK):
                 for row in range(0, width, BLOCK):
