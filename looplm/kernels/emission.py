@@ -1,11 +1,27 @@
 # mypy: ignore-errors
-"""Words for the instructions that streams.py writes: vectors, what lies at an address, products, asking for a line."""
+"""Words for the instructions that kernels write: vectors, what lies at an address, products, asking for a line."""
 
 import llvmlite.ir as ir
 
 from .jit import features
 
+# The processor rounds to bfloat16 and multiplies such pairs by itself; numbers below 2**-126 are 0 to it.
+NATIVE_BFLOAT = "avx512bf16" in features()
+
 _I8, _I32, _I64 = ir.IntType(8), ir.IntType(32), ir.IntType(64)
+
+
+class Bfloat(ir.Type):
+    """LLVM's type of that name, which llvmlite does not spell.  (Its own float types are one instance each.)"""
+
+    def _to_string(self):
+        return "bfloat"
+
+    def __eq__(self, other):
+        return isinstance(other, Bfloat)
+
+    def __hash__(self):
+        return hash(Bfloat)
 
 
 def vector(kind, count):

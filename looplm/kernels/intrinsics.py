@@ -13,6 +13,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from .emission import NATIVE_BFLOAT, Bfloat
 from .jit import JIT_DISABLED, njit
 
 _F32, _I32 = ir.FloatType(), ir.IntType(32)
@@ -47,6 +48,18 @@ def _larger(typing_context, a, b):
     return types.float32(types.float32, types.float32), generate
 
 
+def _rounded(builder, number):
+    """The bits of the nearest bfloat16 number, in 16 bits; LLVM has it for processors alone that have it."""
+    if NATIVE_BFLOAT:
+        return builder.bitcast(builder.fptrunc(number, Bfloat()), ir.IntType(16))
+    bits = builder.bitcast(number, _I32)
+    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
+    rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
+    quiet = builder.or_(bits, _I32(0x400000))
+    bits = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
+    return builder.trunc(builder.lshr(bits, _I32(16)), ir.IntType(16))
+
+
 @intrinsic
 def _put(typing_context, row, i, x):
     def generate(context, builder, signature, values):
@@ -55,12 +68,7 @@ def _put(typing_context, row, i, x):
         place = cgutils.get_item_pointer(context, builder, kind, row, [values[1]])
         number = values[2]
         if kind.dtype == types.uint16:
-            bits = builder.bitcast(number, _I32)
-            odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-            rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
-            quiet = builder.or_(bits, _I32(0x400000))
-            bits = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
-            number = builder.trunc(builder.lshr(bits, _I32(16)), ir.IntType(16))
+            number = _rounded(builder, number)
         builder.store(number, place)
         return context.get_dummy_value()
 

@@ -18,7 +18,7 @@ from numba.extending import intrinsic
 
 from .emission import constant, declared, multiply_add, vector
 from .jit import JIT_DISABLED
-from .vectors import PAIR_EMISSION, WIDTH, _Bfloat, _bfloat_words, _from, _load, _pointer, _spread, _store, bfloat_bits
+from .vectors import WIDTH, _bfloat_words, _from, _load, _pointer, _spread, _store, bfloat_bits
 
 LOG2_E = np.float32(1.4426950408889634)
 
@@ -46,19 +46,6 @@ def _exp2(builder, x):
         value = multiply_add(builder, value, rest, constant(_LINE, coefficient))
     exponent = builder.shl(builder.bitcast(moved, _BITS), constant(_BITS, 23))
     return builder.bitcast(builder.add(builder.bitcast(value, _BITS), exponent), _LINE)
-
-
-def _words(builder, low, high, neighbours):
-    """Words of two lines rounded to bfloat16: number i of both in word i, or neighbours of all 2 x WIDTH numbers."""
-    if PAIR_EMISSION == "dot":
-        both = ir.VectorType(_Bfloat(), 2 * WIDTH)
-        function = declared(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", both, [_LINE, _LINE])
-        shorts = builder.bitcast(builder.call(function, [high, low]), vector(ir.IntType(16), 2 * WIDTH))
-        if not neighbours:
-            mask = [half * WIDTH + i for i in range(WIDTH) for half in (0, 1)]
-            shorts = builder.shuffle_vector(shorts, shorts, ir.Constant(vector(_I32, 2 * WIDTH), mask))
-        return builder.bitcast(shorts, _BITS)
-    return _bfloat_words(builder, low, high, neighbours)
 
 
 def _sight(builder, first, last):
@@ -149,7 +136,11 @@ def _weigh(typing_context, words, words_at, words_step, scores, at, step, count,
                         weight = builder.select(_lanes(builder, key, half, sights[row]), weight, zero)
                     builder.store(builder.fadd(builder.load(totals[row][half]), weight), totals[row][half])
                     weights.append(weight)
-                _store(builder, _words(builder, *weights, True), builder.gep(into[row], [builder.lshr(key, _I64(1))]))
+                _store(
+                    builder,
+                    _bfloat_words(builder, *weights, True),
+                    builder.gep(into[row], [builder.lshr(key, _I64(1))]),
+                )
 
         _over_keys(builder, count, first, last, add_up)
         for row in rows:
@@ -254,9 +245,11 @@ def _differentiate(
             for into, lines in ((prob_into, prob), (dscore_into, dscore)):
                 for half in (0, 1):
                     at = builder.add(key, _I64(half * WIDTH))
-                    _store(builder, _words(builder, lines[half], lines[half + 2], False), builder.gep(into, [at]))
+                    _store(
+                        builder, _bfloat_words(builder, lines[half], lines[half + 2], False), builder.gep(into, [at])
+                    )
             for into, lines in zip(rows_into, (dscore[:2], dscore[2:]), strict=True):
-                _store(builder, _words(builder, *lines, True), builder.gep(into, [builder.lshr(key, _I64(1))]))
+                _store(builder, _bfloat_words(builder, *lines, True), builder.gep(into, [builder.lshr(key, _I64(1))]))
 
         least = builder.select(builder.icmp_signed("<", last, below), last, below)
         _over_keys(builder, count, first, least, both_rows)

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .emission import fetch
+from .emission import NATIVE_BFLOAT, Bfloat, declared, fetch
 from .jit import JIT_DISABLED, features
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -42,19 +42,6 @@ LANES = 16 if WHOLE_LINES else 8  # sums of integers at once
 PAIR_WORDS = max(8, WIDTH)  # words of two bfloat16 numbers that are made at once
 
 
-class _Bfloat(ir.Type):
-    """LLVM's type of that name, which llvmlite does not spell.  (Its own float types are one instance each.)"""
-
-    def _to_string(self):
-        return "bfloat"
-
-    def __eq__(self, other):
-        return isinstance(other, _Bfloat)
-
-    def __hash__(self):
-        return hash(_Bfloat)
-
-
 def _numbers(builder, loaded, emission):
     """A loaded float, or the two bfloat16 numbers in 32 bits as floats; emission "dot" leaves them packed."""
     if emission == "float32" or emission == "dot":
@@ -68,9 +55,8 @@ def _numbers(builder, loaded, emission):
 
 def _dot(builder, total, left, right):
     """total += left pair . right pair, in every lane: one instruction of AVX-512 BF16."""
-    pairs = ir.VectorType(_Bfloat(), 2 * WIDTH)
-    name, kind = "llvm.x86.avx512bf16.dpbf16ps.512", ir.FunctionType(total.type, [total.type, pairs, pairs])
-    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    pairs = ir.VectorType(Bfloat(), 2 * WIDTH)
+    function = declared(builder, "llvm.x86.avx512bf16.dpbf16ps.512", total.type, [total.type, pairs, pairs])
     return builder.call(function, [total, builder.bitcast(left, pairs), builder.bitcast(right, pairs)])
 
 
@@ -213,6 +199,14 @@ def _bfloat_bits(builder, line):
 def _bfloat_words(builder, first, second, neighbours):
     """Two lines as bfloat16: number i of both in word i, or neighbours of all their numbers in one."""
     count = first.type.count
+    if NATIVE_BFLOAT and count == WIDTH:
+        numbers = ir.VectorType(Bfloat(), 2 * count)
+        function = declared(builder, "llvm.x86.avx512bf16.cvtne2ps2bf16.512", numbers, [first.type] * 2)
+        shorts = builder.bitcast(builder.call(function, [second, first]), _line(2 * count, ir.IntType(16)))
+        if not neighbours:
+            turns = ir.Constant(_line(2 * count, _I32), [half * count + i for i in range(count) for half in (0, 1)])
+            shorts = builder.shuffle_vector(shorts, shorts, turns)
+        return builder.bitcast(shorts, _line(count, _I32))
     low, high = (_bfloat_bits(builder, line) for line in (first, second))
     if neighbours:
         shorts = [builder.bitcast(line, _line(2 * count, ir.IntType(16))) for line in (low, high)]
@@ -361,7 +355,7 @@ def _from(array, at, count):
 
 
 # Where the processor has no dot product of bfloat16 pairs, each half is widened and multiplied as float32.
-PAIR_EMISSION = "dot" if "avx512bf16" in features() else "pairs"
+PAIR_EMISSION = "dot" if NATIVE_BFLOAT else "pairs"
 tile, tile_of_one_row = _tile(TILE_ROWS), _tile(1)
 move_eight, scale_eight, scale_one = _copy(8, False), _copy(8, True), _copy(1, True)
 turn_eight, turn_one = _turn(8), _turn(1)
