@@ -28,7 +28,7 @@ from .objectives import StageOne
 from .threads import even_shares, run_all, shards
 from .weights import LAYER_MATRICES, Weights, matrix_shapes, parameter_count, sections
 
-LOGIT_ROWS = 256  # at least so many positions have logits together: each such run reads and writes the head's gradient
+LOGIT_ROWS = 512  # at least so many positions have logits together: each such run reads and writes the head's gradient
 
 
 @dataclasses.dataclass(frozen=True)
