@@ -17,11 +17,11 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 from benchmarks.side_by_side import CONFIGS, LOOPS, Answer, BenchmarkError, forget_peak, peak_mib, serve
-from looplm import kernels
 from looplm.arrays import Ints
 from looplm.config import ModelConfig
 from looplm.data import Batch
 from looplm.errors import LoopLMError
+from looplm.kernels.attention import Attends
 from looplm.kernels.jit import cache_folder
 from looplm.kernels.product.select import Path
 from looplm.settings import PUBLISHED_INIT, InitConfig, TrainConfig
@@ -202,32 +202,37 @@ class Rounds:
         seconds = time.perf_counter() - began
         found = {"tokens_per_s": steps * self.tokens / seconds, "peak_mib": peak_mib()}
         if self.time_attention:
-            per_step = attention_seconds(self.sizes, self.trainer.threads, self.seconds)
+            per_step = attention_seconds(self.sizes, self.trainer.path, self.trainer.threads, self.seconds)
             found["attention_s_per_token"] = per_step / self.tokens
         return found
 
 
-def attention_seconds(sizes: dict[str, int], threads: int, budget: float) -> float:
+def attention_seconds(sizes: dict[str, int], path: Path, threads: int, budget: float) -> float:
     """Seconds that one step spends in attention alone, forward and backward, for all layers and loops.
 
-    The kernels run as they do in training: rows of the batch shared out to threads, q, k and v side by side.
+    The path's kernels run as they do in training: rows of the batch shared out to threads, q, k and v side by side.
     """
     rng = np.random.default_rng(2)
     heads, channels = sizes["heads"], sizes["d"] // sizes["heads"]
     parts = shards(sizes["B"], threads)
     shape = (sizes["B"], sizes["S"], 3 * heads, channels)
     q, k, v = np.split(rng.standard_normal(shape, np.float32), 3, axis=2)
-    dy = rng.standard_normal(q.shape, np.float32)
-    start = np.zeros(sizes["B"], np.int64)
+    dqkv, dy = np.empty(shape, np.float32), rng.standard_normal(q.shape, np.float32)
+    dq, dk, dv = np.split(dqkv, 3, axis=2)
+    y, lse, start = np.empty_like(dy), np.empty(q.shape[:3], np.float32), np.zeros(sizes["B"], np.int64)
+    products = path.products(matrix_shapes(model_config(sizes)))
+    each = [(part, products.attention(sizes["S"], channels, True)) for part in parts]
 
-    def work(part: slice) -> None:
-        y, lse = kernels.attention_forward(q[part], k[part], v[part], start[part])
-        kernels.attention_backward(dy[part], q[part], k[part], v[part], start[part], y, lse)
+    def work(one: tuple[slice, Attends]) -> None:
+        part, attention = one
+        attention.forward_into(y[part], lse[part], q[part], k[part], v[part], start[part])
+        forward = q[part], k[part], v[part], start[part], y[part], lse[part]
+        attention.backward_into(dq[part], dk[part], dv[part], dy[part], *forward)
 
-    run_all(work, parts)
+    run_all(work, each)
     calls, began = 0, time.perf_counter()
     while time.perf_counter() - began < budget / 4:
-        run_all(work, parts)
+        run_all(work, each)
         calls += 1
     return (time.perf_counter() - began) / calls * sizes["L"] * LOOPS
 
