@@ -76,9 +76,9 @@ def _pointer(context, builder, kind, array, at):
     return builder.gep(context.make_array(kind)(context, builder, array).data, [at])
 
 
-def _load(builder, pointer, kind):
+def _load(builder, pointer, kind, align=4):
     loaded = builder.load(builder.bitcast(pointer, kind.as_pointer()))
-    loaded.align = 4
+    loaded.align = align
     return loaded
 
 
@@ -227,7 +227,8 @@ def _pair(count, neighbours=False):
         rounded = signature.args[2].dtype == types.uint16
 
         def load(at, kind):
-            return _load(builder, _pointer(context, builder, signature.args[2], values[2], at), kind)
+            place = _pointer(context, builder, signature.args[2], values[2], at)
+            return _load(builder, place, kind, 2 if rounded else 4)
 
         if rounded and neighbours:
             words = load(values[3], _line(count, _I32))
