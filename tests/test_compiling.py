@@ -15,7 +15,6 @@ BOTH = """
 import importlib, pkgutil, numpy as np
 import looplm.kernels as kernels
 from looplm import compiling
-from looplm.kernels import jit
 from looplm.data import TextSource
 from looplm.settings import InitConfig, TrainConfig
 from looplm.training import Trainer
@@ -45,9 +44,9 @@ def test_a_training_step_calls_what_the_other_process_compiles() -> None:
 # What training and decoding give, in digits that differ if a bit does.
 RESULTS = """
 import hashlib, numpy as np
+from looplm import kernels
 from looplm.config import ModelConfig
 from looplm.generation import Session
-from looplm import kernels
 from looplm.gradient import GradientWorkspace, gradient
 from looplm.kernels import choice
 from looplm.kernels.product.select import PATHS

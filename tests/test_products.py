@@ -98,15 +98,10 @@ def test_weight_gradients_replace_what_is_there_or_add_to_it() -> None:
 @pytest.mark.kernels
 @pytest.mark.plain_python
 @pytest.mark.parametrize("dims", SHAPES, ids=name_of)
-@pytest.mark.parametrize(
-    "path", [path for path in PATHS.values() if path.precision == "bf16"], ids=lambda path: path.name
-)
-def test_operands_may_be_rounded_already(path: select.Path, dims: dict[str, int]) -> None:
-    rows, depth, columns = dims["S"], dims["D"], dims["F"]
-    rng = np.random.default_rng(rows)
-    x, dy, weight = (
-        rng.standard_normal(shape, np.float32) for shape in ((rows, depth), (rows, columns), (columns, depth))
-    )
+@pytest.mark.parametrize("name", ["pairs", "tiles"])
+def test_operands_may_be_rounded_already(name: str, dims: dict[str, int]) -> None:
+    path, rng, (m, n, k) = PATHS[name], np.random.default_rng(0), (dims["S"], dims["F"], dims["D"])
+    x, dy, weight = (rng.standard_normal(shape, np.float32) for shape in ((m, k), (m, n), (n, k)))
     products, packed = path.products([weight.shape]), path.pack(weight, path.room(weight.shape))
     assert products.operand == np.uint16
     found = []

@@ -32,6 +32,20 @@ def constant(kind, value):
     return ir.Constant(kind, [value] * kind.count)
 
 
+def bfloat_bits_of(builder, floats):
+    """A float32, or many -> 32 bits whose upper half is the nearest bfloat16, ties to even; a NaN stays one."""
+    several = isinstance(floats.type, ir.VectorType)
+    bits = builder.bitcast(floats, vector(_I32, floats.type.count) if several else _I32)
+
+    def number(value):
+        return constant(bits.type, value) if several else _I32(value)
+
+    odd = builder.and_(builder.lshr(bits, number(16)), number(1))
+    rounded = builder.add(bits, builder.add(odd, number(0x7FFF)))
+    quiet = builder.or_(bits, number(0x400000))
+    return builder.select(builder.fcmp_unordered("uno", floats, floats), quiet, rounded)
+
+
 def load(builder, address, kind):
     """What lies at an address, aligned or not."""
     loaded = builder.load(builder.inttoptr(address, kind.as_pointer()))

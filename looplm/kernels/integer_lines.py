@@ -17,11 +17,11 @@ from numba import types
 from numba.extending import intrinsic
 
 from .addresses import bytes_at, floats_at, ints_at, shorts_at, signed_bytes_at
-from .emission import constant, fetch, load, multiply_add, plus, vector
+from .emission import bfloat_bits_of, constant, fetch, load, multiply_add, plus, vector
 from .jit import JIT_DISABLED
 from .plain_streams import widened
 from .streams import AHEAD, INT4, INT8
-from .vectors import LANES, WHOLE_LINES, WIDTH, _bfloat_bits, _spread, bfloat_bits
+from .vectors import LANES, WHOLE_LINES, WIDTH, _spread, bfloat_bits
 
 SIDE = 16  # weight rows that lie side by side
 LINE = 4 * SIDE  # bytes of a line: four columns of each, or in int4 eight
@@ -157,7 +157,7 @@ def _widen_group(typing_context, kind, paired, lines, scales, into, step):
                     code = builder.sub(builder.and_(code, constant(_LANES, 255)), constant(_LANES, zero))
                     number = builder.fmul(builder.sitofp(code, floats), every[part])
                     if paired.literal_value:
-                        halves[part].append(_bfloat_bits(builder, number))
+                        halves[part].append(bfloat_bits_of(builder, number))
                         if len(halves[part]) == 1:
                             continue
                         low, high = halves[part]

@@ -13,21 +13,16 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .emission import NATIVE_BFLOAT, Bfloat
+from .emission import NATIVE_BFLOAT, Bfloat, bfloat_bits_of, declared
 from .jit import JIT_DISABLED, njit
 
-_F32, _I32 = ir.FloatType(), ir.IntType(32)
-
-
-def _external(builder, name, arguments):
-    existing = builder.module.globals.get(name)
-    return existing or ir.Function(builder.module, ir.FunctionType(_F32, [_F32] * arguments), name)
+_F32, _I16, _I32 = ir.FloatType(), ir.IntType(16), ir.IntType(32)
 
 
 @intrinsic
 def _fma(typing_context, a, b, c):
     def generate(context, builder, signature, values):
-        return builder.call(_external(builder, "llvm.fma.f32", 3), values)
+        return builder.call(declared(builder, "llvm.fma.f32", _F32, [_F32] * 3), values)
 
     return types.float32(types.float32, types.float32, types.float32), generate
 
@@ -35,7 +30,7 @@ def _fma(typing_context, a, b, c):
 @intrinsic
 def _round(typing_context, x):
     def generate(context, builder, signature, values):
-        return builder.call(_external(builder, "llvm.rint.f32", 1), values)
+        return builder.call(declared(builder, "llvm.rint.f32", _F32, [_F32]), values)
 
     return types.float32(types.float32), generate
 
@@ -43,7 +38,7 @@ def _round(typing_context, x):
 @intrinsic
 def _larger(typing_context, a, b):
     def generate(context, builder, signature, values):
-        return builder.call(_external(builder, "llvm.maximum.f32", 2), values, fastmath=("nsz",))
+        return builder.call(declared(builder, "llvm.maximum.f32", _F32, [_F32] * 2), values, fastmath=("nsz",))
 
     return types.float32(types.float32, types.float32), generate
 
@@ -51,13 +46,8 @@ def _larger(typing_context, a, b):
 def _rounded(builder, number):
     """The bits of the nearest bfloat16 number, in 16 bits; LLVM has it for processors alone that have it."""
     if NATIVE_BFLOAT:
-        return builder.bitcast(builder.fptrunc(number, Bfloat()), ir.IntType(16))
-    bits = builder.bitcast(number, _I32)
-    odd = builder.and_(builder.lshr(bits, _I32(16)), _I32(1))
-    rounded = builder.add(bits, builder.add(odd, _I32(0x7FFF)))
-    quiet = builder.or_(bits, _I32(0x400000))
-    bits = builder.select(builder.fcmp_unordered("uno", number, number), quiet, rounded)
-    return builder.trunc(builder.lshr(bits, _I32(16)), ir.IntType(16))
+        return builder.bitcast(builder.fptrunc(number, Bfloat()), _I16)
+    return builder.trunc(builder.lshr(bfloat_bits_of(builder, number), _I32(16)), _I16)
 
 
 @intrinsic

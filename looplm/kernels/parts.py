@@ -17,9 +17,9 @@ import numpy as np
 from numba import types
 from numba.extending import intrinsic
 
-from .emission import constant, vector
+from .emission import bfloat_bits_of, constant, vector
 from .jit import JIT_DISABLED
-from .vectors import _bfloat_bits, _from, _load, _pointer, _store, bfloat_bits
+from .vectors import _from, _load, _pointer, _store, bfloat_bits
 
 WORDS = 16  # of a row of a tile register: 32 numbers
 NUMBERS = 2 * WORDS
@@ -39,7 +39,7 @@ def _split(typing_context, parts, into, into_at, into_step, source, source_at):
         masks = [ir.Constant(vector(_I32, WORDS), [2 * i + odd for i in range(WORDS)]) for odd in (0, 1)]
         rest = [builder.shuffle_vector(*both, mask) for mask in masks]
         for part in range(parts.literal_value):
-            bits = [_bfloat_bits(builder, line) for line in rest]
+            bits = [bfloat_bits_of(builder, line) for line in rest]
             upper = [builder.and_(line, constant(line.type, _UPPER)) for line in bits]
             lower = builder.lshr(bits[0], constant(bits[0].type, 16))
             at = builder.add(into_at, builder.mul(into_step, _I64(part)))

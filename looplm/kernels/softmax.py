@@ -136,11 +136,8 @@ def _weigh(typing_context, words, words_at, words_step, scores, at, step, count,
                         weight = builder.select(_lanes(builder, key, half, sights[row]), weight, zero)
                     builder.store(builder.fadd(builder.load(totals[row][half]), weight), totals[row][half])
                     weights.append(weight)
-                _store(
-                    builder,
-                    _bfloat_words(builder, *weights, True),
-                    builder.gep(into[row], [builder.lshr(key, _I64(1))]),
-                )
+                place = builder.gep(into[row], [builder.lshr(key, _I64(1))])
+                _store(builder, _bfloat_words(builder, *weights, True), place)
 
         _over_keys(builder, count, first, last, add_up)
         for row in rows:
@@ -245,9 +242,8 @@ def _differentiate(
             for into, lines in ((prob_into, prob), (dscore_into, dscore)):
                 for half in (0, 1):
                     at = builder.add(key, _I64(half * WIDTH))
-                    _store(
-                        builder, _bfloat_words(builder, lines[half], lines[half + 2], False), builder.gep(into, [at])
-                    )
+                    words = _bfloat_words(builder, lines[half], lines[half + 2], False)
+                    _store(builder, words, builder.gep(into, [at]))
             for into, lines in zip(rows_into, (dscore[:2], dscore[2:]), strict=True):
                 _store(builder, _bfloat_words(builder, *lines, True), builder.gep(into, [builder.lshr(key, _I64(1))]))
 

@@ -21,7 +21,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .emission import NATIVE_BFLOAT, Bfloat, declared, fetch
+from .emission import NATIVE_BFLOAT, Bfloat, bfloat_bits_of, declared, fetch
 from .jit import JIT_DISABLED, features
 
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
@@ -183,19 +183,6 @@ def _copy(count, scaled):
     return plain if JIT_DISABLED else intrinsic(scale if scaled else move)
 
 
-def _bfloat_bits(builder, line):
-    """float32 -> 32-bit integers whose upper half is the nearest bfloat16, ties to even; a NaN stays one."""
-    bits = builder.bitcast(line, _line(line.type.count, _I32))
-
-    def constant(value):
-        return ir.Constant(bits.type, [value] * line.type.count)
-
-    odd = builder.and_(builder.lshr(bits, constant(16)), constant(1))
-    rounded = builder.add(bits, builder.add(odd, constant(0x7FFF)))
-    quiet = builder.or_(bits, constant(0x400000))
-    return builder.select(builder.fcmp_unordered("uno", line, line), quiet, rounded)
-
-
 def _bfloat_words(builder, first, second, neighbours):
     """Two lines as bfloat16: number i of both in word i, or neighbours of all their numbers in one."""
     count = first.type.count
@@ -207,7 +194,7 @@ def _bfloat_words(builder, first, second, neighbours):
             turns = ir.Constant(_line(2 * count, _I32), [half * count + i for i in range(count) for half in (0, 1)])
             shorts = builder.shuffle_vector(shorts, shorts, turns)
         return builder.bitcast(shorts, _line(count, _I32))
-    low, high = (_bfloat_bits(builder, line) for line in (first, second))
+    low, high = (bfloat_bits_of(builder, line) for line in (first, second))
     if neighbours:
         shorts = [builder.bitcast(line, _line(2 * count, ir.IntType(16))) for line in (low, high)]
         uppers = ir.Constant(_line(2 * count, _I32), list(range(1, 4 * count, 2)))

@@ -96,6 +96,7 @@ def _multiply(y, x, bits, panels, words, edge, state):
     begin_tiles(state)
     for begin in range(0, rows, block):
         count = min(block, rows - begin)
+        first = begin * depth if ready else 0  # where the block's words begin
         if not ready:
             pair_rows_of(words, x, bits, begin, count, depth)
             words[count * depth : (count + BLOCK - 1) // BLOCK * BLOCK * depth] = _ZERO
@@ -103,7 +104,7 @@ def _multiply(y, x, bits, panels, words, edge, state):
             length = min(DEPTH, depth - k)
             for column in range(0, columns, BLOCK):
                 for row in range(0, count, BLOCK):
-                    left, right, into = (row + begin * ready) * depth, column * depth, (begin + row) * columns + column
+                    left, right, into = first + row * depth, column * depth, (begin + row) * columns + column
                     if row + BLOCK <= count and column + BLOCK <= columns:
                         at = right + k * BLOCK
                         if column + 2 * BLOCK <= columns:
