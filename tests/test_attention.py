@@ -1,4 +1,4 @@
-"""Attention of bfloat16 operands: what it computes on each path, wherever its blocks end."""
+"""Attention in float32 and of bfloat16 operands: what it computes on each path, wherever its blocks end."""
 
 import types
 from typing import Any
@@ -8,28 +8,34 @@ import pytest
 
 from looplm.arrays import aligned_empty
 from looplm.kernels.amx import BLOCK
+from looplm.kernels.attention import QUERY_BLOCK as FLOAT_BLOCK
 from looplm.kernels.attention import Attention, attention_with
 from looplm.kernels.product.select import PATHS
 from looplm.kernels.rounded_attention import QUERY_BLOCK, PairAttention, TileAttention
 from looplm.kernels.softmax import ROWS
+from looplm.kernels.vectors import TILE_COLUMNS
 from looplm.memory import nbytes
 from looplm_reference import bfloat16, contract
 
-KINDS = [PairAttention, TileAttention]
-every_kind = pytest.mark.parametrize("kind", KINDS)
+ROUNDED = [PairAttention, TileAttention]
+every_kind = pytest.mark.parametrize("kind", [Attention, *ROUNDED])
 
 
 def dims_of(*shapes: tuple[int, int, int, int, int]) -> list[dict[str, int]]:
     return [{"B": 2, "S": s, "P": p, "H": h, "G": g, "K": k} for s, p, h, g, k in shapes]
 
 
-# Queries, keys and channels that end inside a block and on its border; groups of heads; one of everything.
-SMALL = dims_of((1, 1, 1, 1, 2), (ROWS + 1, 9, 4, 2, 6), (3, BLOCK + 1, 2, 1, 8))
+# Queries, keys and channels that end inside a block and on its border; groups of heads.
+SMALL = dims_of((ROWS + 1, 9, 4, 2, 6), (3, BLOCK + 1, 2, 1, 8))
 LARGE = dims_of(
     (BLOCK, BLOCK, 2, 2, BLOCK),
     (BLOCK + 1, 2 * BLOCK, 2, 1, BLOCK + 2),
     (QUERY_BLOCK, QUERY_BLOCK + 1, 2, 1, 64),
     (2 * QUERY_BLOCK + 3, 2 * QUERY_BLOCK + 70, 3, 1, 10),
+)
+OF_FLOATS = dims_of(
+    (FLOAT_BLOCK, FLOAT_BLOCK + 7, 2, 1, 32),
+    (2 * FLOAT_BLOCK + ROWS - 1, 2 * FLOAT_BLOCK + ROWS - 1, 2, 2, TILE_COLUMNS),
 )
 
 
@@ -38,9 +44,9 @@ def on(kind: Any) -> types.SimpleNamespace:
     return types.SimpleNamespace(attention_forward=forward, attention_backward=backward)
 
 
-def rows_of(kind: Any, dims: dict[str, int], **more: Any) -> list[contract.Row]:
-    tolerance = bfloat16.ATTENTION_TOLERANCE
-    return list(contract.check(on(kind), "attention", dims, tolerance=tolerance, truth=bfloat16.products, **more))
+def rows_of(kind: Any, dims: dict[str, int], rounded: bool) -> list[contract.Row]:
+    expected = {"tolerance": bfloat16.ATTENTION_TOLERANCE, "truth": bfloat16.products} if rounded else {}
+    return list(contract.check(on(kind), "attention", dims, **expected))
 
 
 def name_of(dims: dict[str, int]) -> str:
@@ -51,19 +57,34 @@ def name_of(dims: dict[str, int]) -> str:
 @pytest.mark.plain_python
 @every_kind
 @pytest.mark.parametrize("dims", SMALL, ids=name_of)
-def test_it_rounds_what_is_multiplied_and_nothing_else(kind: Any, dims: dict[str, int]) -> None:
-    assert contract.first_failure(rows_of(kind, dims)) is None
+def test_it_rounds_what_is_multiplied_or_nothing(kind: Any, dims: dict[str, int]) -> None:
+    assert contract.first_failure(rows_of(kind, dims, kind in ROUNDED)) is None
+
+
+@pytest.mark.kernels
+@pytest.mark.plain_python
+@pytest.mark.parametrize(("kind", "channels"), [(Attention, 1), (PairAttention, 2), (TileAttention, 2)])
+def test_so_it_does_with_one_of_everything(kind: Any, channels: int) -> None:
+    (dims,) = dims_of((1, 1, 1, 1, channels))
+    assert contract.first_failure(rows_of(kind, dims, kind in ROUNDED)) is None
 
 
 @pytest.mark.kernels
 @every_kind
 @pytest.mark.parametrize("dims", [*contract.DIMS, *LARGE], ids=name_of)
 def test_it_does_so_in_blocks(kind: Any, dims: dict[str, int]) -> None:
-    assert contract.first_failure(rows_of(kind, dims)) is None
+    assert contract.first_failure(rows_of(kind, dims, kind in ROUNDED)) is None
 
 
-def test_float32_attention_is_told_from_it() -> None:
-    assert contract.first_failure(rows_of(Attention, LARGE[0])) is not None
+@pytest.mark.kernels
+@pytest.mark.parametrize("dims", OF_FLOATS, ids=name_of)
+def test_so_does_float32_in_its_own(dims: dict[str, int]) -> None:
+    assert contract.first_failure(rows_of(Attention, dims, False)) is None
+
+
+@every_kind
+def test_one_precision_is_told_from_the_other(kind: Any) -> None:
+    assert contract.first_failure(rows_of(kind, LARGE[0], kind not in ROUNDED)) is not None
 
 
 @pytest.mark.parametrize("path", PATHS.values(), ids=lambda path: path.name)
@@ -101,7 +122,7 @@ def computed(kind: Any, given: dict[str, Any]) -> dict[str, Any]:
 
 def test_paths_differ_in_the_order_of_sums_alone() -> None:
     given = drawn(3, 90, 101, 4, 2, 24)
-    pairs, tiles = (computed(kind, given) for kind in KINDS)
+    pairs, tiles = (computed(kind, given) for kind in ROUNDED)
     for name, expected in pairs.items():
         assert contract.relative_error(expected, tiles[name]) < bfloat16.ATTENTION_TOLERANCE, name
 
@@ -143,6 +164,22 @@ def test_what_is_not_seen_does_not_matter_and_what_is_no_number_shows(kind: Any)
     assert np.isnan(after["y"][0, 39]).all()
     assert (after["y"][1, :5] == 0.0).all()
     assert (after["lse"][1, :5] == 0.0).all()
+
+
+@every_kind
+def test_what_its_buffers_held_does_not_matter(kind: Any) -> None:
+    given = drawn(2, 53, 61, 4, 2, 12)
+    expected, attention = computed(kind, given), kind(61, 12, True)
+    for buffer in vars(attention).values():
+        if isinstance(buffer, np.ndarray) and buffer.dtype == np.float32:
+            buffer[:] = np.nan
+    y, lse = np.empty_like(expected["y"]), np.empty_like(expected["lse"])
+    attention.forward_into(y, lse, given["q"], given["k"], given["v"], given["start"])
+    np.testing.assert_array_equal(y, expected["y"])
+    found = [np.empty_like(expected[name]) for name in ("dq", "dk", "dv")]
+    attention.backward_into(*found, given["dy"], given["q"], given["k"], given["v"], given["start"], y, lse)
+    for name, array in zip(("dq", "dk", "dv"), found, strict=True):
+        np.testing.assert_array_equal(array, expected[name])
 
 
 @every_kind

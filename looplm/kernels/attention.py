@@ -11,14 +11,14 @@ from typing import Protocol
 import numpy as np
 
 from ..arrays import Floats, Ints, aligned_empty
+from .head_rows import ask_for, ask_for_next, cut, finish_rows, scale_row, shift_rows, unpack_rows, unpack_scaled
 from .intrinsics import exp32, larger32
 from .jit import njit
-from .vectors import TILE_COLUMNS, TILE_ROWS, scale_eight, scale_one, tile, transpose_eight
+from .softmax import LOG2_E, ROWS, differentiate_in_place, weigh
+from .vectors import TILE_COLUMNS, TILE_ROWS, tile, transpose_eight
 
-QUERY_BLOCK = 48  # queries whose scores are alive at once: a multiple of every tile's rows
+QUERY_BLOCK = 48  # queries whose scores are alive at once: a multiple of every tile's rows, and of ROWS
 FEW_QUERIES = 4  # up to so many, the one-call kernel wins
-# Scores of a row are taken in whole runs: what a vector loop leaves over would go one by one.  A row has room for them.
-SCORE_RUN = 2 * TILE_COLUMNS
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 _LOWEST = np.float32(-3.0e38)
@@ -30,38 +30,15 @@ def _up(value, unit):
 
 
 @njit
-def cut(buffer, size):
-    """The first elements of a buffer, and what is left of it."""
-    return buffer[:size], buffer[size:]
-
-
-@njit
-def scale_row(into, into_at, source, source_at, count, factor):
-    """`count` numbers times `factor`.  Plain loops would ask at every row whether the two overlap: 10 ns each."""
-    for c in range(0, count - 7, 8):
-        scale_eight(into, into_at + c, source, source_at + c, factor)
-    for c in range(count // 8 * 8, count):
-        scale_one(into, into_at + c, source, source_at + c, factor)
-
-
-@njit
-def _pack_rows(into, width, x, factor):
-    """into: rows of `width` from x: rows x K times `factor`; zeros beyond K and in what is left of the last tile."""
+def _pack_rows(into, width, x):
+    """into: rows of `width` from x: rows x K; zeros beyond K and in what is left of the last tile."""
     rows, channels = x.shape
     step = x.strides[0] // 4
     for i in range(rows):
-        scale_row(into, i * width, x, i * step, channels, factor)
+        scale_row(into, i * width, x, i * step, channels, _ONE)
         for c in range(channels, width):
             into[i * width + c] = _ZERO
     into[rows * width : _up(rows, TILE_ROWS) * width] = _ZERO
-
-
-@njit
-def unpack_rows(x, rows, width, factor):
-    """x: rows x K from `rows` of `width`, times `factor`."""
-    step = x.strides[0] // 4
-    for i in range(x.shape[0]):
-        scale_row(x, i * step, rows, i * width, x.shape[1], factor)
 
 
 @njit
@@ -113,15 +90,6 @@ def _products(into, stride, left, width, channels, panels, count, rows, diagonal
 
 
 @njit
-def _hide(row, first_key, last, end):
-    """Scores of keys that a query does not see, up to `end`: so low that nothing is left of them."""
-    for j in range(first_key):
-        row[j] = _LOWEST
-    for j in range(last + 1, end):
-        row[j] = _LOWEST
-
-
-@njit
 def _weighted(into, width, weight, stride, panels, padded_keys, count, rows, diagonal):
     """into[i] = sum of weight[i, j] * row j of the panels over the keys that the tile sees."""
     for i in range(0, rows, TILE_ROWS):
@@ -145,7 +113,7 @@ def _collect(into, width, weight, stride, right, rows, keys, diagonal):
 
 @njit
 def pack_keys(buffer, k, v):
-    """k, v: PK -> their panels, for `attend_head`, and what is left of the buffer."""
+    """k, v: PK -> their panels, for `attend_rows`, and what is left of the buffer."""
     keys, channels = k.shape
     padded_keys = _up(keys, TILE_COLUMNS)
     key_panels, rest = cut(buffer, padded_keys * channels)
@@ -156,44 +124,31 @@ def pack_keys(buffer, k, v):
 
 
 @njit(forceinline=True)
-def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
-    """One query head.  y, q: SK, lse: S; the last query sees keys first_key and on, each before it one key less."""
+def attend_rows(y, lse, q, begin, keys, first_key, key_panels, value_panels, buffer):
+    """QUERY_BLOCK queries of a head, from `begin` on.  y, q: SK, lse: S; the last of S queries sees the keys first_key
+    and on, each before it one key less.
+    """
     queries, channels = q.shape
-    scale = np.float32(1.0 / np.sqrt(channels))
+    log2 = np.float32(1.0 / np.sqrt(channels)) * LOG2_E
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
     stride = padded_keys + TILE_COLUMNS  # a power of two would put a column of scores into one cache set
     q_rows, rest = cut(buffer, QUERY_BLOCK * padded_channels)
-    out, scores = cut(rest, QUERY_BLOCK * padded_channels)
-    for begin in range(0, queries, QUERY_BLOCK):
-        rows = min(QUERY_BLOCK, queries - begin)
-        diagonal = keys - queries + begin  # the last key that the block's first query sees
-        _pack_rows(q_rows, padded_channels, q[begin : begin + rows], scale)
-        _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
-        for i in range(rows):
-            row = scores[i * stride : (i + 1) * stride]
-            tile_end = min(diagonal + i // TILE_ROWS * TILE_ROWS + TILE_ROWS, keys)
-            last = diagonal + i
-            if last < first_key:
-                row[:tile_end] = _ZERO
-                lse[begin + i] = _ZERO
-                q_rows[i] = _ZERO
-                continue
-            seen = row[: _up(tile_end, SCORE_RUN)]
-            _hide(seen, first_key, last, seen.size)
-            highest = _LOWEST
-            for j in range(seen.size):
-                highest = larger32(highest, seen[j])
-            total = _ZERO
-            for j in range(seen.size):
-                weight = exp32(seen[j] - highest)
-                seen[j] = weight
-                total += weight
-            lse[begin + i] = highest + np.log(total)
-            q_rows[i] = _ONE / total  # the rows of q have been used: their place holds the divisors
-        _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
-        step = y.strides[0] // 4
-        for i in range(rows):
-            scale_row(y, (begin + i) * step, out, i * padded_channels, channels, q_rows[i])
+    out, rest = cut(rest, QUERY_BLOCK * padded_channels)
+    divisor, rest = cut(rest, QUERY_BLOCK)
+    stats, scores = cut(rest, 2 * QUERY_BLOCK)
+    rows = min(QUERY_BLOCK, queries - begin)
+    diagonal = keys - queries + begin  # the last key that the first query sees
+    block = slice(begin, begin + rows)
+    lse_rows = lse[block]
+    _pack_rows(q_rows, padded_channels, q[block])
+    _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
+    for i in range(0, rows, ROWS):
+        tile_end = diagonal + (i + ROWS - 1) // TILE_ROWS * TILE_ROWS + TILE_ROWS  # of the last row's tile
+        at, seen = i * stride, _up(min(tile_end, keys), TILE_COLUMNS)
+        weigh(scores, at, stride, scores, at, stride, seen, first_key, diagonal + i, log2, stats, 2 * i)
+        finish_rows(lse_rows, divisor, stats, 2 * i, i, first_key, diagonal + i)
+    _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
+    unpack_scaled(y[block], out, padded_channels, divisor)
 
 
 @njit
@@ -204,7 +159,10 @@ def _attend(y, lse, q, k, v, keys, start, buffer):
             key_panels, value_panels, rest = pack_keys(buffer, k[b, :keys, group], v[b, :keys, group])
             for head in range(group * per_group, (group + 1) * per_group):
                 own = y[b, :, head], lse[b, :, head], q[b, :, head]
-                attend_head(own[0], own[1], own[2], keys, start[b], key_panels, value_panels, rest)
+                for begin in range(0, q.shape[1], QUERY_BLOCK):
+                    ask_for_next(q, k, v, b, head, begin, QUERY_BLOCK)
+                    ask_for(y, b, begin, QUERY_BLOCK, head, True)
+                    attend_rows(own[0], own[1], own[2], begin, keys, start[b], key_panels, value_panels, rest)
 
 
 @njit
@@ -223,7 +181,9 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
     q_rows, rest = cut(rest, QUERY_BLOCK * padded_channels)
     dy_rows, rest = cut(rest, QUERY_BLOCK * padded_channels)
     out, rest = cut(rest, QUERY_BLOCK * padded_channels)
-    prob, dscores = cut(rest, QUERY_BLOCK * stride)
+    shifts, scores = cut(rest, 2 * QUERY_BLOCK)
+    dots, dscores_at = shifts[QUERY_BLOCK:], QUERY_BLOCK * stride
+    dscores = scores[dscores_at:]
     for b in range(batch):
         first_key = start[b]
         for group in range(groups):
@@ -237,34 +197,44 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
                     rows = min(QUERY_BLOCK, queries - begin)
                     diagonal = keys - queries + begin
                     block = slice(begin, begin + rows)
-                    _pack_rows(q_rows, padded_channels, q[b, block, head], scale)
-                    _pack_rows(dy_rows, padded_channels, dy[b, block, head], _ONE)
-                    _products(prob, stride, q_rows, padded_channels, channels, key_columns, keys, rows, diagonal)
+                    _pack_rows(q_rows, padded_channels, q[b, block, head])
+                    _pack_rows(dy_rows, padded_channels, dy[b, block, head])
+                    ask_for_next(q, k, v, b, head, begin, rows)
+                    following = b * heads + head + 1
+                    ask_for(dy, following // heads, begin, rows, following % heads, False)
+                    ask_for(y, following // heads, begin, rows, following % heads, False)
+                    ask_for(dq, b, begin, rows, head, True)
+                    if following % per_group == 0:
+                        ask_for(dk, b, begin, rows, group, True)
+                        ask_for(dv, b, begin, rows, group, True)
+                    _products(scores, stride, q_rows, padded_channels, channels, key_columns, keys, rows, diagonal)
                     _products(dscores, stride, dy_rows, padded_channels, channels, value_columns, keys, rows, diagonal)
-                    for i in range(rows):
-                        p, d = prob[i * stride : (i + 1) * stride], dscores[i * stride : (i + 1) * stride]
-                        last, block_end = diagonal + i, min(diagonal + rows, keys) + TILE_ROWS
-                        run = _up(last + 1, SCORE_RUN) if last >= first_key else 0
-                        p[run:block_end] = _ZERO
-                        d[run:block_end] = _ZERO
-                        _hide(p, min(first_key, run), last, run)
-                        d[last + 1 : run] = _ZERO
-                        dot, shift = _ZERO, lse[b, begin + i, head]
-                        dy_row, y_row = dy[b, begin + i, head], y[b, begin + i, head]
-                        for c in range(channels):
-                            dot += dy_row[c] * y_row[c]
-                        p, d = p[:run], d[:run]
-                        for j in range(p.size):
-                            weight = exp32(p[j] - shift)
-                            p[j] = weight
-                            d[j] = weight * (d[j] - dot)
+                    shift_rows(shifts, dots, lse[b, block, head], dy[b, block, head], y[b, block, head])
+                    for i in range(0, rows, 2):
+                        last, below = diagonal + i, diagonal + i + 1
+                        # a tile of gradients of keys reads as many scores behind a row's last
+                        beyond = _up(below + TILE_ROWS, TILE_COLUMNS)
+                        differentiate_in_place(
+                            scores,
+                            i * stride,
+                            dscores_at + i * stride,
+                            stride,
+                            beyond,
+                            first_key,
+                            last,
+                            below,
+                            scale,
+                            shifts,
+                            i,
+                            QUERY_BLOCK + i,
+                        )
                     _weighted(out, padded_channels, dscores, stride, key_panels, padded_keys, keys, rows, diagonal)
-                    unpack_rows(dq[b, block, head], out, padded_channels, scale)
+                    unpack_rows(dq[b, block, head], out, padded_channels)
                     seen = min(diagonal + rows, keys)
                     _collect(dkey, padded_channels, dscores, stride, q_rows, rows, seen, diagonal)
-                    _collect(dvalue, padded_channels, prob, stride, dy_rows, rows, seen, diagonal)
-            unpack_rows(dk[b, :, group], dkey, padded_channels, _ONE)
-            unpack_rows(dv[b, :, group], dvalue, padded_channels, _ONE)
+                    _collect(dvalue, padded_channels, scores, stride, dy_rows, rows, seen, diagonal)
+            unpack_rows(dk[b, :, group], dkey, padded_channels)
+            unpack_rows(dv[b, :, group], dvalue, padded_channels)
 
 
 @njit
@@ -305,14 +275,14 @@ def _attend_few(y, lse, q, k, v, keys, start, scores):
 def forward_buffer_size(keys: int, channels: int) -> int:
     """Elements the forward pass needs for up to so many keys."""
     padded_keys, padded_channels = _padded(keys, channels)
-    per_key, per_query = channels + padded_channels, 2 * padded_channels + padded_keys + TILE_COLUMNS
+    per_key, per_query = channels + padded_channels, 2 * padded_channels + padded_keys + TILE_COLUMNS + 3
     return padded_keys * per_key + QUERY_BLOCK * per_query
 
 
 def _backward_buffer_size(keys: int, channels: int) -> int:
     padded_keys, padded_channels = _padded(keys, channels)
     per_key = 2 * channels + 3 * padded_channels
-    per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS)
+    per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS + 1)
     return padded_keys * per_key + 2 * TILE_ROWS * padded_channels + QUERY_BLOCK * per_query
 
 

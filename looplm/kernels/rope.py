@@ -17,7 +17,7 @@ def rope_tables(positions: int, head_dim: int, theta: float) -> tuple[Floats, Fl
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-@njit
+@njit(forceinline=True)
 def turn_head(x, at, half, cos, sin, angles, sign):
     """The 2 * half channels of x from `at` on, by the angles whose cosines and sines begin at `angles`."""
     for i in range(0, half - 7, 8):

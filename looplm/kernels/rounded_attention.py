@@ -9,17 +9,15 @@ and gradients of scores need no turning, only the narrow queries and incoming gr
 
 import numpy as np
 
-from ..arrays import LINE, Array, Floats, Ints, aligned_empty
+from ..arrays import Array, Floats, Ints, aligned_empty
 from .amx import BLOCK, begin_tiles, end_tiles, multiply_block, tile_state
-from .attention import cut, scale_row, unpack_rows
+from .head_rows import ask_for, ask_for_next, cut, finish_rows, shift_rows, unpack_rows, unpack_scaled
 from .jit import njit
 from .product import packing
 from .softmax import LOG2_E, ROWS, differentiate, weigh
 from .vectors import (
     TILE_COLUMNS,
     TILE_ROWS,
-    fetch_to_read,
-    fetch_to_write,
     tile,
     tile_of_one_row,
     transpose_eight,
@@ -27,7 +25,7 @@ from .vectors import (
 
 QUERY_BLOCK = 64  # queries whose scores are alive at once
 
-_ZERO, _ONE, _NOTHING = np.float32(0.0), np.float32(1.0), np.uint32(0)
+_ZERO, _NOTHING = np.float32(0.0), np.uint32(0)
 
 
 @njit
@@ -97,20 +95,6 @@ def _collect(state, into, stride, width, rows, turned, pairs, diagonal, keys):
 
 
 @njit
-def _ask_for(x, b, begin, rows, head, written):
-    """Ask for the cache lines of some rows of a head, if there is one, while something else is being computed."""
-    if b < x.shape[0]:
-        step = x.strides[1] // 4
-        at = b * (x.strides[0] // 4) + begin * step + head * (x.strides[2] // 4)
-        for i in range(min(rows, x.shape[1] - begin)):
-            for c in range(0, x.shape[3], LINE):
-                if written:
-                    fetch_to_write(x, at + i * step + c)
-                else:
-                    fetch_to_read(x, at + i * step + c)
-
-
-@njit
 def _turn_back(x, turned, stride):
     """x: PK from turned: K x stride."""
     keys, channels = x.shape
@@ -153,14 +137,11 @@ def _attend(y, lse, q, k, v, start, words, floats, state):
                 for begin in range(0, queries, QUERY_BLOCK):
                     rows = min(QUERY_BLOCK, queries - begin)
                     diagonal = keys - queries + begin
-                    _pack_rows(q_rows, q[b, begin : begin + rows, head], depth)
-                    following = b * heads + head + 1
-                    _ask_for(q, following // heads, begin, rows, following % heads, False)
-                    _ask_for(y, b, begin, rows, head, True)
-                    if following % per_group == 0:
-                        upcoming = following // per_group
-                        _ask_for(k, upcoming // groups, begin, rows, upcoming % groups, False)
-                        _ask_for(v, upcoming // groups, begin, rows, upcoming % groups, False)
+                    block = slice(begin, begin + rows)
+                    lse_rows = lse[b, block, head]
+                    _pack_rows(q_rows, q[b, block, head], depth)
+                    ask_for_next(q, k, v, b, head, begin, rows)
+                    ask_for(y, b, begin, rows, head, True)
                     _scores(state, scores, stride, rows, q_rows, depth, key_panels, diagonal, keys)
                     for i in range(0, rows, ROWS):
                         seen = _seen(diagonal, i // BLOCK * BLOCK, keys)
@@ -178,16 +159,9 @@ def _attend(y, lse, q, k, v, start, words, floats, state):
                             stats,
                             2 * i,
                         )
-                        for row in range(min(ROWS, rows - i)):
-                            highest, total = stats[2 * i + row], stats[2 * i + ROWS + row]
-                            blind = diagonal + i + row < first_key
-                            lse[b, begin + i + row, head] = _ZERO if blind else highest / LOG2_E + np.log(total)
-                            divisor[i + row] = _ZERO if blind else _ONE / total
+                        finish_rows(lse_rows, divisor, stats, 2 * i, i, first_key, diagonal + i)
                     _weighted(state, out, width, rows, prob, half, value_panels, padded_keys, diagonal, keys)
-                    own = y[b, begin : begin + rows, head]
-                    step = own.strides[0] // 4
-                    for i in range(rows):
-                        scale_row(own, i * step, out, i * width, channels, divisor[i])
+                    unpack_scaled(y[b, block, head], out, width, divisor)
     if state is not None:
         end_tiles(state)
 
@@ -218,7 +192,7 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
     dvalue, rest_floats = cut(rest_floats, width * stride)
     out, rest_floats = cut(rest_floats, QUERY_BLOCK * width)
     shifts, scores = cut(rest_floats, 2 * QUERY_BLOCK)
-    dprob = scores[QUERY_BLOCK * stride :]
+    dots, dprob = shifts[QUERY_BLOCK:], scores[QUERY_BLOCK * stride :]
     if state is not None:
         begin_tiles(state)
     for b in range(batch):
@@ -233,30 +207,23 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
                 for begin in range(0, queries, QUERY_BLOCK):
                     rows = min(QUERY_BLOCK, queries - begin)
                     diagonal = keys - queries + begin
-                    q_own, dy_own = q[b, begin : begin + rows, head], dy[b, begin : begin + rows, head]
+                    block = slice(begin, begin + rows)
+                    q_own, dy_own = q[b, block, head], dy[b, block, head]
                     _pack_rows(q_rows, q_own, depth)
                     _pack_rows(dy_rows, dy_own, depth)
                     packing.pack_rows_of_transpose(q_turned, lines, q_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
                     packing.pack_rows_of_transpose(dy_turned, lines, dy_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
+                    ask_for_next(q, k, v, b, head, begin, rows)
                     following = b * heads + head + 1
-                    _ask_for(q, following // heads, begin, rows, following % heads, False)
-                    _ask_for(dy, following // heads, begin, rows, following % heads, False)
-                    _ask_for(y, following // heads, begin, rows, following % heads, False)
-                    _ask_for(dq, b, begin, rows, head, True)
+                    ask_for(dy, following // heads, begin, rows, following % heads, False)
+                    ask_for(y, following // heads, begin, rows, following % heads, False)
+                    ask_for(dq, b, begin, rows, head, True)
                     if following % per_group == 0:
-                        upcoming = following // per_group
-                        _ask_for(k, upcoming // groups, begin, rows, upcoming % groups, False)
-                        _ask_for(v, upcoming // groups, begin, rows, upcoming % groups, False)
-                        _ask_for(dk, b, begin, rows, group, True)
-                        _ask_for(dv, b, begin, rows, group, True)
+                        ask_for(dk, b, begin, rows, group, True)
+                        ask_for(dv, b, begin, rows, group, True)
                     _scores(state, scores, stride, rows, q_rows, depth, key_columns, diagonal, keys)
                     _scores(state, dprob, stride, rows, dy_rows, depth, value_columns, diagonal, keys)
-                    for i in range(rows):
-                        dot = _ZERO
-                        for c in range(channels):
-                            dot += dy[b, begin + i, head, c] * y[b, begin + i, head, c]
-                        shifts[i] = lse[b, begin + i, head] * LOG2_E
-                        shifts[QUERY_BLOCK + i] = dot * scale
+                    shift_rows(shifts, dots, lse[b, block, head], dy_own, y[b, block, head])
                     for i in range(0, _up(rows), 2):
                         last, below = diagonal + i, diagonal + i + 1
                         differentiate(
@@ -279,7 +246,7 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
                             QUERY_BLOCK + i,
                         )
                     _weighted(state, out, width, rows, dscore_rows, half, key_panels, padded_keys, diagonal, keys)
-                    unpack_rows(dq[b, begin : begin + rows, head], out, width, _ONE)
+                    unpack_rows(dq[b, block, head], out, width)
                     _collect(state, dkey, stride, width, rows, q_turned, dscore_pairs, diagonal, keys)
                     _collect(state, dvalue, stride, width, rows, dy_turned, prob_pairs, diagonal, keys)
             _turn_back(dk[b, :, group], dkey, stride)

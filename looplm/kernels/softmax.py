@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Rows of a causal softmax whose results go to products of bfloat16 numbers, made 2 x WIDTH keys at a time.
+"""Rows of a causal softmax and of its gradient, made 2 x WIDTH keys at a time, for products of either precision.
 
 A query sees the keys `first` to `last`, none if `last` is below `first`; scores of the others are never used, whatever
 they are.  Exponentials are powers of two, so scores and what is subtracted from them come times log2(e).
@@ -8,6 +8,7 @@ Arrays are given with a position, as in vectors.py; counts of keys are multiples
 take the place of everything here.
 """
 
+import functools
 from typing import Any
 
 import llvmlite.ir as ir
@@ -81,15 +82,31 @@ def _reduced(builder, kind, line, *start):
     return builder.call(function, arguments, fastmath=("reassoc", "nsz") if kind == "fadd" else ("nnan", "nsz"))
 
 
-def _weigh(typing_context, words, words_at, words_step, scores, at, step, count, first, last, scale, stats, stats_at):
-    """weigh(...): 2**(scale * score - highest), 0 where nothing is seen, as words of neighbours, of ROWS rows.
+def _store_words(builder, lines, start, key):
+    """Two lines of neighbouring keys, as bfloat16."""
+    _store(builder, _bfloat_words(builder, *lines, True), builder.gep(start, [builder.lshr(key, _I64(1))]))
 
-    Rows of scores lie `step` apart, those of words `words_step`; the next row sees one key more.  stats takes each
-    row's highest score times scale, and ROWS on the exact sums; a NaN is never the highest, but makes the sum one.
+
+def _store_floats(builder, lines, start, key):
+    for half, line in enumerate(lines):
+        _store(builder, line, builder.gep(start, [builder.add(key, _I64(half * WIDTH))]))
+
+
+def _neighbours_plain(bits):
+    return bits[::2] | (bits[1::2] << np.uint32(16))
+
+
+def _weigh(typing_context, weights, into_at, into_step, scores, at, step, count, first, last, scale, stats, stats_at):
+    """weigh(...): 2**(scale * score - highest), 0 where nothing is seen, of ROWS rows.
+
+    Rows of scores lie `step` apart, those of weights `into_step`; the next row sees one key more.  Weights of uint32
+    are words of two neighbours in bfloat16; those of float32 may take the place of the scores.  stats takes each row's
+    highest score times scale, and ROWS on the exact sums; a NaN is never the highest, but makes the sum one.
     """
 
     def emit(context, builder, signature, values):
-        words, words_at, words_step, scores, at, step, count, first, last, scale, stats, stats_at = values
+        weights, into_at, into_step, scores, at, step, count, first, last, scale, stats, stats_at = values
+        in_words = signature.args[0].dtype == types.uint32
 
         def place(index, array, at, step, row):
             return _pointer(
@@ -125,19 +142,21 @@ def _weigh(typing_context, words, words_at, words_step, scores, at, step, count,
             builder.store(shift, place(10, stats, stats_at, _I64(1), row))
             shifts.append(_spread(builder, builder.fneg(shift), WIDTH))
         totals = [[cgutils.alloca_once_value(builder, zero) for _ in halves] for _ in rows]
-        into = [place(0, words, words_at, words_step, row) for row in rows]
+        into = [place(0, weights, into_at, into_step, row) for row in rows]
 
         def add_up(key, some):
             for row in rows:
-                weights = []
+                lines = []
                 for half in halves:
                     weight = _exp2(builder, multiply_add(builder, line(row, key, half), factor, shifts[row]))
                     if some:
                         weight = builder.select(_lanes(builder, key, half, sights[row]), weight, zero)
                     builder.store(builder.fadd(builder.load(totals[row][half]), weight), totals[row][half])
-                    weights.append(weight)
-                place = builder.gep(into[row], [builder.lshr(key, _I64(1))])
-                _store(builder, _bfloat_words(builder, *weights, True), place)
+                    lines.append(weight)
+                if in_words:
+                    _store_words(builder, lines, into[row], key)
+                else:
+                    _store_floats(builder, lines, into[row], key)
 
         _over_keys(builder, count, first, last, add_up)
         for row in rows:
@@ -147,16 +166,18 @@ def _weigh(typing_context, words, words_at, words_step, scores, at, step, count,
         return context.get_dummy_value()
 
     i = types.intp
-    return types.void(words, i, i, scores, i, i, i, i, i, types.float32, stats, i), emit
+    return types.void(weights, i, i, scores, i, i, i, i, i, types.float32, stats, i), emit
 
 
-def _weigh_plain(words, words_at, words_step, scores, at, step, count, first, last, scale, stats, stats_at):
+def _weigh_plain(weights, into_at, into_step, scores, at, step, count, first, last, scale, stats, stats_at):
     for row in range(ROWS):
-        line, end = _from(scores, at + row * step, count), last + row
+        line, end, place = _from(scores, at + row * step, count), last + row, into_at + row * into_step
         highest = np.fmax.reduce(line[first : max(first, end + 1)], initial=np.float32(_UNSEEN)) * scale
         weight = _exp2_plain(line, first, end, scale, highest)
-        bits = bfloat_bits(weight)
-        _from(words, words_at + row * words_step, count // 2)[:] = bits[::2] | (bits[1::2] << np.uint32(16))
+        if weights.dtype == np.uint32:
+            _from(weights, place, count // 2)[:] = _neighbours_plain(bfloat_bits(weight))
+        else:
+            _from(weights, place, count)[:] = weight
         stats[stats_at + row], stats[stats_at + ROWS + row] = highest, weight.sum(dtype=np.float32)
 
 
@@ -165,6 +186,50 @@ def _exp2_plain(scores, first, last, scale, shift):
     seen = slice(first, max(first, last + 1))
     weight[seen] = np.exp2(scores[seen] * scale - shift)
     return weight
+
+
+def _argument(context, builder, signature, values, index):
+    """The addresses in an array that is argument number `index`."""
+    return functools.partial(_pointer, context, builder, signature.args[index], values[index])
+
+
+def _emit_gradients(builder, score_at, shift_at, values, store):
+    """store(key, probabilities, gradients), lines of two rows: the first row's two, then the second's.
+
+    p = 2**(scale * log2(e) * score - shift), d = p * scale * (dprob - dot), 0 where nothing is seen.  The second row
+    of scores lies `step` on, and sees keys up to `below`.  score_at and shift_at give addresses.
+    """
+    scores, dprobs, step, count, first, last, below, scale, shifts, dots = values
+    zero, factor = constant(_LINE, 0.0), _spread(builder, scale, WIDTH)
+    log2 = builder.fmul(factor, constant(_LINE, float(LOG2_E)))
+    rows = []
+    for index, end in enumerate((last, below)):
+        further = builder.mul(step, _I64(index))
+        numbers = [
+            _spread(builder, builder.fneg(builder.load(shift_at(builder.add(at, _I64(index))))), WIDTH)
+            for at in (shifts, dots)
+        ]
+        starts = [score_at(builder.add(at, further)) for at in (scores, dprobs)]
+        rows.append((starts, _sight(builder, first, end), *numbers))
+
+    def both_rows(key, some):
+        probabilities, gradients = [], []
+        for starts, sight, shift, dot in rows:
+            for half in (0, 1):
+                at = builder.add(key, _I64(half * WIDTH))
+                score, dprob = (_load(builder, builder.gep(start, [at]), _LINE) for start in starts)
+                weight = _exp2(builder, multiply_add(builder, score, log2, shift))
+                change = builder.fadd(dprob, dot, flags=("nsz",))  # 0 where one key has all the weight
+                change = builder.fmul(builder.fmul(weight, factor), change)
+                if some:
+                    seen = _lanes(builder, key, half, sight)
+                    weight, change = (builder.select(seen, line, zero) for line in (weight, change))
+                probabilities.append(weight)
+                gradients.append(change)
+        store(key, probabilities, gradients)
+
+    least = builder.select(builder.icmp_signed("<", last, below), last, below)
+    _over_keys(builder, count, first, least, both_rows)
 
 
 def _differentiate(
@@ -187,106 +252,87 @@ def _differentiate(
     shift_at,
     dot_at,
 ):
-    """Of two rows of scores and of gradients of probabilities, what the backward products read, in words.
+    """Of two rows of scores and of gradients of probabilities, p and d of `_emit_gradients`, in words of bfloat16.
 
-    p = 2**(scale * log2(e) * score - shift), d = p * (scale * dprob - dot), 0 where nothing is seen.  Number i of both
-    rows goes into word i at prob_at and at dscore_at; d of each row also as neighbours at rows_at, and rows_step on.
-    The second row of scores lies `step` on, and sees keys up to `below`.
+    Number i of both rows goes into word i at prob_at and at dscore_at; d of each row also as neighbours at rows_at, and
+    rows_step on.
     """
 
     def emit(context, builder, signature, values):
-        pairs, prob_at, dscore_at, rows_at, rows_step, scores, scores_at, dprob_at, step, count = values[:10]
-        first, last, below, scale, shifts, shift_at, dot_at = values[10:]
+        prob_at, dscore_at, rows_at, rows_step = values[1:5]
+        place = functools.partial(_argument, context, builder, signature, values)
+        word, score, shift = place(0), place(5), place(14)
 
-        def word(at):
-            return _pointer(context, builder, signature.args[0], pairs, at)
-
-        def number(at, array=scores, place=5):
-            return _pointer(context, builder, signature.args[place], array, at)
-
-        zero, factor = constant(_LINE, 0.0), _spread(builder, scale, WIDTH)
-        log2 = builder.fmul(factor, constant(_LINE, float(LOG2_E)))
-        rows = []
-        for index, end in enumerate((last, below)):
-            further = builder.mul(step, _I64(index))
-            numbers = [
-                _spread(builder, builder.fneg(builder.load(number(builder.add(at, _I64(index)), shifts, 14))), WIDTH)
-                for at in (shift_at, dot_at)
-            ]
-            rows.append(
-                (
-                    number(builder.add(scores_at, further)),
-                    number(builder.add(dprob_at, further)),
-                    _sight(builder, first, end),
-                    *numbers,
-                )
-            )
         prob_into, dscore_into = word(prob_at), word(dscore_at)
         rows_into = [word(rows_at), word(builder.add(rows_at, rows_step))]
 
-        def both_rows(key, some):
-            prob, dscore = [], []
-            for score_start, dprob_start, sight, shift, dot in rows:
-                for half in (0, 1):
-                    at = builder.add(key, _I64(half * WIDTH))
-                    score, dprob = (
-                        _load(builder, builder.gep(start, [at]), _LINE) for start in (score_start, dprob_start)
-                    )
-                    weight = _exp2(builder, multiply_add(builder, score, log2, shift))
-                    change = builder.fmul(weight, multiply_add(builder, dprob, factor, dot))
-                    if some:
-                        seen = _lanes(builder, key, half, sight)
-                        weight, change = (builder.select(seen, line, zero) for line in (weight, change))
-                    prob.append(weight)
-                    dscore.append(change)
-            for into, lines in ((prob_into, prob), (dscore_into, dscore)):
+        def store(key, probabilities, gradients):
+            for into, lines in ((prob_into, probabilities), (dscore_into, gradients)):
                 for half in (0, 1):
                     at = builder.add(key, _I64(half * WIDTH))
                     words = _bfloat_words(builder, lines[half], lines[half + 2], False)
                     _store(builder, words, builder.gep(into, [at]))
-            for into, lines in zip(rows_into, (dscore[:2], dscore[2:]), strict=True):
-                _store(builder, _bfloat_words(builder, *lines, True), builder.gep(into, [builder.lshr(key, _I64(1))]))
+            for into, lines in zip(rows_into, (gradients[:2], gradients[2:]), strict=True):
+                _store_words(builder, lines, into, key)
 
-        least = builder.select(builder.icmp_signed("<", last, below), last, below)
-        _over_keys(builder, count, first, least, both_rows)
+        _emit_gradients(builder, score, shift, (*values[6:14], *values[15:]), store)
         return context.get_dummy_value()
 
     i, f = types.intp, types.float32
     return types.void(pairs, i, i, i, i, scores, i, i, i, i, i, i, i, f, shifts, i, i), emit
 
 
-def _differentiate_plain(
-    pairs,
-    prob_at,
-    dscore_at,
-    rows_at,
-    rows_step,
-    scores,
-    scores_at,
-    dprob_at,
-    step,
-    count,
-    first,
-    last,
-    below,
-    scale,
-    shifts,
-    shift_at,
-    dot_at,
+def _differentiate_in_place(
+    typing_context, scores, scores_at, dprob_at, step, count, first, last, below, scale, shifts, shift_at, dot_at
 ):
-    prob, dscore = [], []
+    """The same, p where the scores were and d where the gradients of probabilities were."""
+
+    def emit(context, builder, signature, values):
+        place = functools.partial(_argument, context, builder, signature, values)
+        score, shift = place(0), place(9)
+        scores_at, dprob_at, step = values[1:4]
+        into = [[score(at), score(builder.add(at, step))] for at in (scores_at, dprob_at)]
+
+        def store(key, probabilities, gradients):
+            for (upper, lower), lines in zip(into, (probabilities, gradients), strict=True):
+                _store_floats(builder, lines[:2], upper, key)
+                _store_floats(builder, lines[2:], lower, key)
+
+        _emit_gradients(builder, score, shift, (*values[1:9], *values[10:]), store)
+        return context.get_dummy_value()
+
+    i, f = types.intp, types.float32
+    return types.void(scores, i, i, i, i, i, i, i, f, shifts, i, i), emit
+
+
+def _gradients_plain(scores, scores_at, dprob_at, step, count, first, last, below, scale, shifts, shift_at, dot_at):
+    """p and d of the first row, then of the second."""
+    found = []
     for index, end in enumerate((last, below)):
         score, dprob = (_from(scores, at + index * step, count) for at in (scores_at, dprob_at))
         weight = _exp2_plain(score, first, end, scale * LOG2_E, shifts[shift_at + index])
         change = np.zeros_like(weight)
         seen = slice(first, max(first, end + 1))
-        change[seen] = weight[seen] * (dprob[seen] * scale - shifts[dot_at + index])
-        prob.append(bfloat_bits(weight))
-        dscore.append(bits := bfloat_bits(change))
-        _from(pairs, rows_at + index * rows_step, count // 2)[:] = bits[::2] | (bits[1::2] << np.uint32(16))
-    for at, bits in ((prob_at, prob), (dscore_at, dscore)):
-        _from(pairs, at, count)[:] = bits[0] | (bits[1] << np.uint32(16))
+        change[seen] = weight[seen] * scale * (dprob[seen] - shifts[dot_at + index])
+        found.append((weight, change))
+    return found
+
+
+def _differentiate_plain(pairs, prob_at, dscore_at, rows_at, rows_step, scores, *rest):
+    found, count = _gradients_plain(scores, *rest), rest[3]
+    for index, (_, change) in enumerate(found):
+        _from(pairs, rows_at + index * rows_step, count // 2)[:] = _neighbours_plain(bfloat_bits(change))
+    for at, upper, lower in zip((prob_at, dscore_at), *found, strict=True):
+        _from(pairs, at, count)[:] = bfloat_bits(upper) | (bfloat_bits(lower) << np.uint32(16))
+
+
+def _differentiate_in_place_plain(scores, scores_at, dprob_at, step, count, *rest):
+    found = _gradients_plain(scores, scores_at, dprob_at, step, count, *rest)
+    for index, (weight, change) in enumerate(found):
+        _from(scores, scores_at + index * step, count)[:] = weight
+        _from(scores, dprob_at + index * step, count)[:] = change
 
 
 weigh: Any = _weigh_plain if JIT_DISABLED else intrinsic(_weigh)
 differentiate: Any = _differentiate_plain if JIT_DISABLED else intrinsic(_differentiate)
+differentiate_in_place: Any = _differentiate_in_place_plain if JIT_DISABLED else intrinsic(_differentiate_in_place)
