@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 
 from ..arrays import Floats, Ints, aligned_empty
-from .head_rows import ask_for, ask_for_next, cut, finish_rows, scale_row, shift_rows, unpack_rows, unpack_scaled
+from .head_rows import cut, finish_rows, scale_row, shift_rows, unpack_rows, unpack_scaled
 from .intrinsics import exp32, larger32
 from .jit import njit
 from .softmax import LOG2_E, ROWS, differentiate_in_place, weigh
@@ -113,7 +113,7 @@ def _collect(into, width, weight, stride, right, rows, keys, diagonal):
 
 @njit
 def pack_keys(buffer, k, v):
-    """k, v: PK -> their panels, for `attend_rows`, and what is left of the buffer."""
+    """k, v: PK -> their panels, for `attend_head`, and what is left of the buffer."""
     keys, channels = k.shape
     padded_keys = _up(keys, TILE_COLUMNS)
     key_panels, rest = cut(buffer, padded_keys * channels)
@@ -123,11 +123,9 @@ def pack_keys(buffer, k, v):
     return key_panels, value_panels, rest
 
 
-@njit(forceinline=True)
-def attend_rows(y, lse, q, begin, keys, first_key, key_panels, value_panels, buffer):
-    """QUERY_BLOCK queries of a head, from `begin` on.  y, q: SK, lse: S; the last of S queries sees the keys first_key
-    and on, each before it one key less.
-    """
+@njit(inline="always")
+def attend_head(y, lse, q, keys, first_key, key_panels, value_panels, buffer):
+    """One query head.  y, q: SK, lse: S; the last query sees keys first_key and on, each before it one key less."""
     queries, channels = q.shape
     log2 = np.float32(1.0 / np.sqrt(channels)) * LOG2_E
     padded_keys, padded_channels = _up(keys, TILE_COLUMNS), _up(channels, TILE_COLUMNS)
@@ -136,19 +134,20 @@ def attend_rows(y, lse, q, begin, keys, first_key, key_panels, value_panels, buf
     out, rest = cut(rest, QUERY_BLOCK * padded_channels)
     divisor, rest = cut(rest, QUERY_BLOCK)
     stats, scores = cut(rest, 2 * QUERY_BLOCK)
-    rows = min(QUERY_BLOCK, queries - begin)
-    diagonal = keys - queries + begin  # the last key that the first query sees
-    block = slice(begin, begin + rows)
-    lse_rows = lse[block]
-    _pack_rows(q_rows, padded_channels, q[block])
-    _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
-    for i in range(0, rows, ROWS):
-        tile_end = diagonal + (i + ROWS - 1) // TILE_ROWS * TILE_ROWS + TILE_ROWS  # of the last row's tile
-        at, seen = i * stride, _up(min(tile_end, keys), TILE_COLUMNS)
-        weigh(scores, at, stride, scores, at, stride, seen, first_key, diagonal + i, log2, stats, 2 * i)
-        finish_rows(lse_rows, divisor, stats, 2 * i, i, first_key, diagonal + i)
-    _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
-    unpack_scaled(y[block], out, padded_channels, divisor)
+    for begin in range(0, queries, QUERY_BLOCK):
+        rows = min(QUERY_BLOCK, queries - begin)
+        diagonal = keys - queries + begin  # the last key that the block's first query sees
+        block = slice(begin, begin + rows)
+        lse_rows = lse[block]
+        _pack_rows(q_rows, padded_channels, q[block])
+        _products(scores, stride, q_rows, padded_channels, channels, key_panels, keys, rows, diagonal)
+        for i in range(0, rows, ROWS):
+            tile_end = diagonal + (i + ROWS - 1) // TILE_ROWS * TILE_ROWS + TILE_ROWS  # of the last row's tile
+            at, seen = i * stride, _up(min(tile_end, keys), TILE_COLUMNS)
+            weigh(scores, at, stride, scores, at, stride, seen, first_key, diagonal + i, log2, stats, 2 * i)
+            finish_rows(lse_rows, divisor, stats, 2 * i, i, first_key, diagonal + i)
+        _weighted(out, padded_channels, scores, stride, value_panels, padded_keys, keys, rows, diagonal)
+        unpack_scaled(y[block], out, padded_channels, divisor)
 
 
 @njit
@@ -159,10 +158,7 @@ def _attend(y, lse, q, k, v, keys, start, buffer):
             key_panels, value_panels, rest = pack_keys(buffer, k[b, :keys, group], v[b, :keys, group])
             for head in range(group * per_group, (group + 1) * per_group):
                 own = y[b, :, head], lse[b, :, head], q[b, :, head]
-                for begin in range(0, q.shape[1], QUERY_BLOCK):
-                    ask_for_next(q, k, v, b, head, begin, QUERY_BLOCK)
-                    ask_for(y, b, begin, QUERY_BLOCK, head, True)
-                    attend_rows(own[0], own[1], own[2], begin, keys, start[b], key_panels, value_panels, rest)
+                attend_head(own[0], own[1], own[2], keys, start[b], key_panels, value_panels, rest)
 
 
 @njit
@@ -199,14 +195,6 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, buffer):
                     block = slice(begin, begin + rows)
                     _pack_rows(q_rows, padded_channels, q[b, block, head])
                     _pack_rows(dy_rows, padded_channels, dy[b, block, head])
-                    ask_for_next(q, k, v, b, head, begin, rows)
-                    following = b * heads + head + 1
-                    ask_for(dy, following // heads, begin, rows, following % heads, False)
-                    ask_for(y, following // heads, begin, rows, following % heads, False)
-                    ask_for(dq, b, begin, rows, head, True)
-                    if following % per_group == 0:
-                        ask_for(dk, b, begin, rows, group, True)
-                        ask_for(dv, b, begin, rows, group, True)
                     _products(scores, stride, q_rows, padded_channels, channels, key_columns, keys, rows, diagonal)
                     _products(dscores, stride, dy_rows, padded_channels, channels, value_columns, keys, rows, diagonal)
                     shift_rows(shifts, dots, lse[b, block, head], dy[b, block, head], y[b, block, head])

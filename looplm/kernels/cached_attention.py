@@ -4,7 +4,7 @@ import numpy as np
 
 from . import plan as field
 from .addresses import floats_at, longs_at, rows_at, words_at
-from .attention import QUERY_BLOCK, attend_rows, pack_keys
+from .attention import attend_head, pack_keys
 from .cache_streams import CHANNEL_BLOCK, KEYS, scored, weighted
 from .intrinsics import exp32, larger32, round16, widen16
 from .jit import Routine, njit
@@ -203,6 +203,5 @@ def attend_many(plan_at, own, layer, g):
             out = plan[field.ATTENTION] + 4 * channels * (first * heads + head)
             q = rows_at(query, length, channels, 4 * channels * total)
             y = rows_at(out, length, channels, 4 * channels * heads)
-            for begin in range(0, length, QUERY_BLOCK):
-                attend_rows(y, lse, q, begin, keys, _start(plan, b), key_panels, value_panels, rest)
+            attend_head(y, lse, q, keys, _start(plan, b), key_panels, value_panels, rest)
     return 0

@@ -2,10 +2,9 @@
 
 import numpy as np
 
-from ..arrays import LINE
 from .jit import njit
 from .softmax import LOG2_E, ROWS
-from .vectors import fetch_to_read, fetch_to_write, scale_eight, scale_one
+from .vectors import scale_eight, scale_one
 
 _ZERO, _ONE = np.float32(0.0), np.float32(1.0)
 
@@ -41,33 +40,7 @@ def unpack_scaled(x, rows, width, factor):
         scale_row(x, i * step, rows, i * width, x.shape[1], factor[i])
 
 
-@njit
-def ask_for(x, b, begin, rows, head, written):
-    """Ask for the cache lines of some rows of a head, if there is one, while something else is being computed."""
-    if b < x.shape[0]:
-        step = x.strides[1] // 4
-        at = b * (x.strides[0] // 4) + begin * step + head * (x.strides[2] // 4)
-        for i in range(min(rows, x.shape[1] - begin)):
-            for c in range(0, x.shape[3], LINE):
-                if written:
-                    fetch_to_write(x, at + i * step + c)
-                else:
-                    fetch_to_read(x, at + i * step + c)
-
-
-@njit
-def ask_for_next(q, k, v, b, head, begin, rows):
-    """The same of what the next head reads: its queries, and where a group of heads begins its keys and values."""
-    heads, groups = q.shape[2], k.shape[2]
-    following, per_group = b * heads + head + 1, heads // groups
-    ask_for(q, following // heads, begin, rows, following % heads, False)
-    if following % per_group == 0:
-        upcoming = following // per_group
-        ask_for(k, upcoming // groups, begin, rows, upcoming % groups, False)
-        ask_for(v, upcoming // groups, begin, rows, upcoming % groups, False)
-
-
-@njit(forceinline=True)
+@njit(inline="always")
 def finish_rows(lse, divisor, stats, at, i, first_key, last):
     """What `weigh` left in stats from `at` on, of rows i to i + ROWS, as far as there are so many, the first of which
     sees the keys up to `last`: the log of their sum of exponentials, and what divides them.  0 where nothing is seen.
@@ -78,7 +51,7 @@ def finish_rows(lse, divisor, stats, at, i, first_key, last):
         divisor[i + row] = _ZERO if blind else _ONE / total
 
 
-@njit(forceinline=True)
+@njit(inline="always")
 def shift_rows(shifts, dots, lse, dy, y):
     """What `differentiate` subtracts, of rows x K: lse in powers of two, and dy . y."""
     for i in range(dy.shape[0]):

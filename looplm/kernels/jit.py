@@ -136,8 +136,9 @@ def processor() -> dict[str, Any]:
 def njit(function: Callable[..., Any] | None = None, *, inline: Any = "never", forceinline: bool = False) -> Any:
     """`numba.njit` with this project's flags; the cache folder is ours only while decorating.
 
-    What sums floats and is called by other kernels has to be `forceinline`: the compiler makes a second one inside its
-    caller, may add in another order there, and which of them is run depends on whether the caller came from the cache.
+    What sums floats and is called by other kernels has to be inlined by force: the compiler makes a second one inside
+    its caller, may add in another order there, and which of them is run depends on whether the caller came from the
+    cache.  `forceinline` compiles it by itself, too; `inline="always"` does not, and so saves a cold start that time.
     """
 
     def decorate(target: Callable[..., Any]) -> Any:

@@ -9,15 +9,17 @@ and gradients of scores need no turning, only the narrow queries and incoming gr
 
 import numpy as np
 
-from ..arrays import Array, Floats, Ints, aligned_empty
+from ..arrays import LINE, Array, Floats, Ints, aligned_empty
 from .amx import BLOCK, begin_tiles, end_tiles, multiply_block, tile_state
-from .head_rows import ask_for, ask_for_next, cut, finish_rows, shift_rows, unpack_rows, unpack_scaled
+from .head_rows import cut, finish_rows, shift_rows, unpack_rows, unpack_scaled
 from .jit import njit
 from .product import packing
 from .softmax import LOG2_E, ROWS, differentiate, weigh
 from .vectors import (
     TILE_COLUMNS,
     TILE_ROWS,
+    fetch_to_read,
+    fetch_to_write,
     tile,
     tile_of_one_row,
     transpose_eight,
@@ -95,6 +97,32 @@ def _collect(state, into, stride, width, rows, turned, pairs, diagonal, keys):
 
 
 @njit
+def _ask_for(x, b, begin, rows, head, written):
+    """Ask for the cache lines of some rows of a head, if there is one, while something else is being computed."""
+    if b < x.shape[0]:
+        step = x.strides[1] // 4
+        at = b * (x.strides[0] // 4) + begin * step + head * (x.strides[2] // 4)
+        for i in range(min(rows, x.shape[1] - begin)):
+            for c in range(0, x.shape[3], LINE):
+                if written:
+                    fetch_to_write(x, at + i * step + c)
+                else:
+                    fetch_to_read(x, at + i * step + c)
+
+
+@njit
+def _ask_for_next(q, k, v, b, head, begin, rows):
+    """The same of what the next head reads: its queries, and where a group of heads begins its keys and values."""
+    heads, groups = q.shape[2], k.shape[2]
+    following, per_group = b * heads + head + 1, heads // groups
+    _ask_for(q, following // heads, begin, rows, following % heads, False)
+    if following % per_group == 0:
+        upcoming = following // per_group
+        _ask_for(k, upcoming // groups, begin, rows, upcoming % groups, False)
+        _ask_for(v, upcoming // groups, begin, rows, upcoming % groups, False)
+
+
+@njit
 def _turn_back(x, turned, stride):
     """x: PK from turned: K x stride."""
     keys, channels = x.shape
@@ -140,8 +168,8 @@ def _attend(y, lse, q, k, v, start, words, floats, state):
                     block = slice(begin, begin + rows)
                     lse_rows = lse[b, block, head]
                     _pack_rows(q_rows, q[b, block, head], depth)
-                    ask_for_next(q, k, v, b, head, begin, rows)
-                    ask_for(y, b, begin, rows, head, True)
+                    _ask_for_next(q, k, v, b, head, begin, rows)
+                    _ask_for(y, b, begin, rows, head, True)
                     _scores(state, scores, stride, rows, q_rows, depth, key_panels, diagonal, keys)
                     for i in range(0, rows, ROWS):
                         seen = _seen(diagonal, i // BLOCK * BLOCK, keys)
@@ -213,14 +241,14 @@ def _attend_backward(dq, dk, dv, dy, q, k, v, start, y, lse, words, floats, stat
                     _pack_rows(dy_rows, dy_own, depth)
                     packing.pack_rows_of_transpose(q_turned, lines, q_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
                     packing.pack_rows_of_transpose(dy_turned, lines, dy_own, 0, rows, 0, channels, QUERY_BLOCK // 2)
-                    ask_for_next(q, k, v, b, head, begin, rows)
+                    _ask_for_next(q, k, v, b, head, begin, rows)
                     following = b * heads + head + 1
-                    ask_for(dy, following // heads, begin, rows, following % heads, False)
-                    ask_for(y, following // heads, begin, rows, following % heads, False)
-                    ask_for(dq, b, begin, rows, head, True)
+                    _ask_for(dy, following // heads, begin, rows, following % heads, False)
+                    _ask_for(y, following // heads, begin, rows, following % heads, False)
+                    _ask_for(dq, b, begin, rows, head, True)
                     if following % per_group == 0:
-                        ask_for(dk, b, begin, rows, group, True)
-                        ask_for(dv, b, begin, rows, group, True)
+                        _ask_for(dk, b, begin, rows, group, True)
+                        _ask_for(dv, b, begin, rows, group, True)
                     _scores(state, scores, stride, rows, q_rows, depth, key_columns, diagonal, keys)
                     _scores(state, dprob, stride, rows, dy_rows, depth, value_columns, diagonal, keys)
                     shift_rows(shifts, dots, lse[b, block, head], dy_own, y[b, block, head])

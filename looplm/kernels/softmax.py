@@ -26,7 +26,7 @@ LOG2_E = np.float32(1.4426950408889634)
 _F32, _I32, _I64 = ir.FloatType(), ir.IntType(32), ir.IntType(64)
 _LINE, _BITS = vector(_F32, WIDTH), vector(_I32, WIDTH)
 _UNSEEN = -3.0e38
-ROWS = 4  # that `weigh` takes at a time: what one waits for, others do meanwhile
+ROWS = 4 if WIDTH == 16 else 2  # that `weigh` takes at a time: what one waits for, others do meanwhile
 # Minimax polynomial of (2**r - 1) / r on |r| <= 1/2, the highest power first: 2**r is within 2e-7.
 _POWERS = (1.326472707e-3, 9.671512649e-3, 5.550733744e-2, 2.402224209e-1, 6.931469776e-1)
 _SMALLEST = -125.0  # all that is below is as good as zero
