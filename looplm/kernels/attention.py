@@ -263,14 +263,15 @@ def _attend_few(y, lse, q, k, v, keys, start, scores):
 def forward_buffer_size(keys: int, channels: int) -> int:
     """Elements the forward pass needs for up to so many keys."""
     padded_keys, padded_channels = _padded(keys, channels)
-    per_key, per_query = channels + padded_channels, 2 * padded_channels + padded_keys + TILE_COLUMNS + 3
+    per_key = channels + padded_channels
+    per_query = 2 * padded_channels + padded_keys + TILE_COLUMNS + 3  # scores, with a divisor and two of stats
     return padded_keys * per_key + QUERY_BLOCK * per_query
 
 
 def _backward_buffer_size(keys: int, channels: int) -> int:
     padded_keys, padded_channels = _padded(keys, channels)
     per_key = 2 * channels + 3 * padded_channels
-    per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS + 1)
+    per_query = 3 * padded_channels + 2 * (padded_keys + TILE_COLUMNS + 1)  # both scores, each with a shift
     return padded_keys * per_key + 2 * TILE_ROWS * padded_channels + QUERY_BLOCK * per_query
 
 
