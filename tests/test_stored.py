@@ -97,12 +97,12 @@ def test_what_is_no_number_stays_none(name: Format, bad: float) -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("columns", [12, 200])
+@pytest.mark.parametrize("columns", [12, 64, 200])
 @every_format
 def test_a_row_does_not_depend_on_other_rows_or_threads(name: Format, columns: int) -> None:
     matrix, x = convert(random_matrix((70, columns)), name), random_matrix((16, columns), seed=1)
     alone = np.concatenate([matrix.multiply(row[None]) for row in x])
-    for rows in (2, 3, 5, 16):
+    for rows in (2, 3, 5, 7, 8, 13, 16):
         np.testing.assert_array_equal(matrix.multiply(x[:rows], threads=1), alone[:rows])
         np.testing.assert_array_equal(matrix.multiply(x[:rows], threads=3), alone[:rows])
     if name in ("int8", "int4") and amx.NATIVE_BYTES:  # then not even on whether they are few
@@ -115,13 +115,14 @@ def test_a_row_does_not_depend_on_other_rows_or_threads(name: Format, columns: i
 @pytest.mark.parametrize("name", ["float32", "bfloat16"])
 @pytest.mark.parametrize("columns", [1, 7, 15, 17, 31, 63])
 def test_nothing_is_read_beyond_a_row(name: Format, columns: int) -> None:
-    matrix, x = convert(random_matrix((6, columns)), name), random_matrix((1, columns), seed=1)
+    matrix, x = convert(random_matrix((6, columns)), name), random_matrix((FEW_ROWS, columns), seed=1)
     poisoned = (
         np.full((7, columns), np.nan, np.float32) if name == "float32" else np.full((7, columns), 0x7FC0, np.uint16)
     )
     poisoned[:6] = matrix.codes
-    found = dataclasses.replace(matrix, codes=poisoned[:6]).multiply(x)
-    np.testing.assert_array_equal(found, matrix.multiply(x))
+    beside_poison = dataclasses.replace(matrix, codes=poisoned[:6])
+    for rows in (1, FEW_ROWS):
+        np.testing.assert_array_equal(beside_poison.multiply(x[:rows]), matrix.multiply(x[:rows]))
 
 
 # ---- decoding

@@ -15,6 +15,7 @@ of everything here.
 from typing import Any
 
 import llvmlite.ir as ir
+import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -22,7 +23,7 @@ from numba.extending import intrinsic
 from .addresses import floats_at
 from .emission import constant, fetch, load, multiply_add, plus, vector
 from .jit import JIT_DISABLED
-from .plain_streams import DOTS
+from .plain_streams import DOTS, widened
 from .vectors import WIDTH
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
@@ -153,15 +154,18 @@ def emit_rest(kind, builder, sums, weights, lines, whole, columns):
     size = BYTES[kind] // COLUMNS[kind]
     rest = builder.mul(builder.sub(columns, builder.mul(whole, _I64(COLUMNS[kind]))), _I64(size))
     with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
-        places = []
-        for weight in weights:
-            place = cgutils.alloca_once(builder, vector(_I8, BYTES[kind]))
-            builder.store(ir.Constant(vector(_I8, BYTES[kind]), None), place)
-            source = builder.inttoptr(builder.add(weight, builder.mul(whole, _I64(BYTES[kind]))), _I8.as_pointer())
-            cgutils.raw_memcpy(builder, builder.bitcast(place, _I8.as_pointer()), source, rest, 1)
-            places.append(builder.ptrtoint(place, _I64))
+        here = [builder.add(weight, builder.mul(whole, _I64(BYTES[kind]))) for weight in weights]
         there = [builder.add(line, builder.mul(whole, _I64(X_BYTES[kind]))) for line in lines]
-        STEPS[kind](builder, sums, places, there)
+        STEPS[kind](builder, sums, [_beside_zeros(kind, builder, weight, rest) for weight in here], there)
+
+
+def _beside_zeros(kind, builder, weight, size):
+    """A block of columns of which only the first bytes are there, copied -> the address of the copy."""
+    place = cgutils.alloca_once(builder, vector(_I8, BYTES[kind]))
+    builder.store(ir.Constant(vector(_I8, BYTES[kind]), None), place)
+    source = builder.inttoptr(weight, _I8.as_pointer())
+    cgutils.raw_memcpy(builder, builder.bitcast(place, _I8.as_pointer()), source, size, 1)
+    return builder.ptrtoint(place, _I64)
 
 
 def _stream(typing_context, kind, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
@@ -178,6 +182,40 @@ def _stream(typing_context, kind, together, w, w_step, w_count, x, x_step, x_cou
     return types.void(kind, together, *[types.intp] * 10), emit
 
 
+def _widen_in_order(typing_context, w, columns, into):
+    """widen_in_order(w, columns, into): a row of bfloat16 numbers as floats in the order of x, in whole blocks.
+
+    So the kernel of float32 adds the same products in the same order as that of bfloat16 does.
+    """
+
+    def emit(context, builder, signature, values):
+        w, columns, into = values
+        whole = builder.udiv(columns, _I64(COLUMNS[BFLOAT16]))
+        rest = builder.mul(builder.sub(columns, builder.mul(whole, _I64(COLUMNS[BFLOAT16]))), _I64(2))
+
+        def block(number, source):
+            out = builder.add(into, builder.mul(number, _I64(X_BYTES[BFLOAT16])))
+            for which, line in enumerate(both_halves(builder, load(builder, source, vector(_I32, WIDTH)))):
+                place = builder.inttoptr(plus(builder, out, 4 * WIDTH * which), line.type.as_pointer())
+                builder.store(line, place).align = 4
+
+        with cgutils.for_range(builder, whole, intp=_I64) as loop:
+            block(loop.index, builder.add(w, builder.mul(loop.index, _I64(BYTES[BFLOAT16]))))
+        with builder.if_then(builder.icmp_signed(">", rest, _I64(0))):
+            last = builder.add(w, builder.mul(whole, _I64(BYTES[BFLOAT16])))
+            block(whole, _beside_zeros(BFLOAT16, builder, last, rest))
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp), emit
+
+
+def _widen_in_order_plain(w, columns, into):
+    blocks = -(-columns // (2 * WIDTH))
+    row = np.zeros(2 * WIDTH * blocks, np.float32)
+    row[:columns] = widened(w, columns)
+    floats_at(into, row.size)[:] = row.reshape(blocks, WIDTH, 2).transpose(0, 2, 1).reshape(-1)
+
+
 def _stream_plain(kind, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
     for i in range(x_count):
         for j in range(w_count):
@@ -186,3 +224,4 @@ def _stream_plain(kind, together, w, w_step, w_count, x, x_step, x_count, y, y_s
 
 
 stream: Any = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
+widen_in_order: Any = _widen_in_order_plain if JIT_DISABLED else intrinsic(_widen_in_order)

@@ -16,11 +16,14 @@ from .. import amx
 from ..addresses import floats_at
 from ..integer_lines import SIDE
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, TOGETHER, stream
-from ..vectors import WIDTH
+from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, TOGETHER, stream, widen_in_order
+from ..vectors import WIDTH, fetch_to_read
 from .integers import ASIDE, FEW_ROWS, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
 from .widened import row_bytes, wide_scratch_size
+
+LINE = 64  # bytes of a cache line
+SEVERAL = 4  # passes of x over a block of weight rows from which on it is widened first, and the next asked for
 
 _ZERO = np.float32(0.0)
 _SPARE = 64  # floats that a prepared row may take beyond its columns
@@ -59,6 +62,14 @@ def sort_columns(at, line, columns):
 # ---- products
 
 
+@njit
+def _ask(w, w_step, first, last):
+    """Ask for some lines of BLOCK weight rows: bytes first to last of each."""
+    for at in range(first, last, LINE):
+        for j in range(BLOCK):
+            fetch_to_read(floats_at(w + w_step * j + at, 1), 0)
+
+
 def _multiply(kind: int) -> Routine:
     """The routine of a format: numbers in its closure, so that what the other formats need is not compiled."""
 
@@ -67,10 +78,13 @@ def _multiply(kind: int) -> Routine:
 
         x is 0 if it lies in `prepared` already, in the form that this format is multiplied with.  Weight rows that are
         read side by side lie far apart, each followed by its neighbour in the next turn: so many long streams are what
-        processors fetch ahead of (rows next to each other ran at half the speed of memory).
+        processors fetch ahead of (rows next to each other ran at half the speed of memory).  Where many rows of x pass
+        by them meanwhile, they do not: then the next weights are asked for, some with each pass.
         """
         row, step = row_bytes(kind, columns), 4 * (columns + _SPARE)
-        apart = (last - first + BLOCK - 1) // BLOCK
+        apart, passes = (last - first + BLOCK - 1) // BLOCK, (rows + TOGETHER - 1) // TOGETHER
+        share = (row + LINE * passes - 1) // (LINE * passes) * LINE
+        whole = (columns + 2 * WIDTH - 1) // (2 * WIDTH) * 2 * WIDTH
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
             if kind == BFLOAT16:
@@ -81,6 +95,19 @@ def _multiply(kind: int) -> Routine:
         for n in range(apart):
             count, m = (last - first - n + apart - 1) // apart, 0
             w, out = codes + (first + n) * row, y + 4 * n
+            if passes >= SEVERAL:
+                wide, wide_step, length, asked = w, w_step, columns, 0
+                if kind == BFLOAT16:
+                    wide, wide_step, length = scratch, 4 * whole, whole
+                    for j in range(count):
+                        widen_in_order(w + w_step * j, columns, wide + wide_step * j)
+                for m in range(0, rows, TOGETHER):
+                    if n + 1 < apart:
+                        _ask(w + row, w_step, asked, min(row, asked + share))
+                        asked += share
+                    at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
+                    stream(FLOAT32, TOGETHER, wide, wide_step, count, at, step, several, into, y_step, y_gap, length)
+                continue
             while rows - m >= min(TOGETHER, 3):  # three rows pass as four; two have a kernel of their own
                 at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
                 stream(kind, TOGETHER, w, w_step, count, at, step, several, into, y_step, y_gap, columns)
