@@ -338,6 +338,7 @@ def test_it_is_refused_in_two_lines_and_nothing_is_written(
     place: pathlib.Path, monkeypatch: pytest.MonkeyPatch, command: str, words: str, code: int, message: str
 ) -> None:
     monkeypatch.chdir(place)
+    monkeypatch.setattr("looplm.kernels.jit.kernels_are_cached", lambda: True)  # else a line says that they are
     before = contents(place)
     out, err = looplm(*command_line(command, words), code=code, width=300)
     assert out == ""

@@ -94,9 +94,7 @@ def other_nibble(file: TensorFile, raw: bytearray) -> None:
     raw[file.entries[CHANGED].begin + 5] ^= 0x08
 
 
-@pytest.mark.parametrize(
-    ("name", "damage"), [("int8", other_scale), ("int4", other_scale), ("int4", other_nibble)], ids=str
-)
+@pytest.mark.parametrize(("name", "damage"), [("int8", other_scale), ("int4", other_scale), ("int4", other_nibble)])
 def test_one_wrong_number_in_the_file_is_named_where_it_acts(
     name: Format, damage: Callable[[TensorFile, bytearray], None], tmp_path: pathlib.Path
 ) -> None:
