@@ -23,7 +23,7 @@ from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, ti
 from .widened import row_bytes, wide_scratch_size
 
 LINE = 64  # bytes of a cache line
-SEVERAL = 4  # passes of x over a block of weight rows from which on it is widened first, and the next asked for
+MANY = 3 * TOGETHER  # more rows of x than these: a block of weights is widened first, and the next one asked for
 
 _ZERO = np.float32(0.0)
 _SPARE = 64  # floats that a prepared row may take beyond its columns
@@ -62,12 +62,29 @@ def sort_columns(at, line, columns):
 # ---- products
 
 
-@njit
-def _ask(w, w_step, first, last):
-    """Ask for some lines of BLOCK weight rows: bytes first to last of each."""
-    for at in range(first, last, LINE):
-        for j in range(BLOCK):
-            fetch_to_read(floats_at(w + w_step * j + at, 1), 0)
+@njit(inline="always")
+def _many(kind, w, w_step, count, ask, columns, x, x_step, rows, y, y_step, y_gap, scratch):
+    """Up to BLOCK weight rows times many rows of x, some of these at a time.
+
+    bfloat16 weights are widened first, once for all.  The rows that follow these are asked for meanwhile, `ask` bytes of
+    each, some with every pass: by themselves processors do not fetch so far ahead.
+    """
+    wide, wide_step, length = w, w_step, columns
+    if kind == BFLOAT16:
+        length = (columns + 2 * WIDTH - 1) // (2 * WIDTH) * 2 * WIDTH
+        wide, wide_step = scratch, 4 * length
+        for j in range(count):
+            widen_in_order(w + w_step * j, columns, wide + wide_step * j)
+    passes = (rows + TOGETHER - 1) // TOGETHER
+    share, asked = (ask + LINE * passes - 1) // (LINE * passes) * LINE, 0
+    for m in range(0, rows, TOGETHER):
+        for at in range(asked, min(ask, asked + share), LINE):
+            for j in range(BLOCK):
+                fetch_to_read(floats_at(w + w_step * j + ask + at, 1), 0)
+        asked += share
+        some, into = x + m * x_step, y + m * y_step
+        several = min(TOGETHER, rows - m)
+        stream(FLOAT32, TOGETHER, wide, wide_step, count, some, x_step, several, into, y_step, y_gap, length)
 
 
 def _multiply(kind: int) -> Routine:
@@ -78,13 +95,10 @@ def _multiply(kind: int) -> Routine:
 
         x is 0 if it lies in `prepared` already, in the form that this format is multiplied with.  Weight rows that are
         read side by side lie far apart, each followed by its neighbour in the next turn: so many long streams are what
-        processors fetch ahead of (rows next to each other ran at half the speed of memory).  Where many rows of x pass
-        by them meanwhile, they do not: then the next weights are asked for, some with each pass.
+        processors fetch ahead of (rows next to each other ran at half the speed of memory).
         """
         row, step = row_bytes(kind, columns), 4 * (columns + _SPARE)
-        apart, passes = (last - first + BLOCK - 1) // BLOCK, (rows + TOGETHER - 1) // TOGETHER
-        share = (row + LINE * passes - 1) // (LINE * passes) * LINE
-        whole = (columns + 2 * WIDTH - 1) // (2 * WIDTH) * 2 * WIDTH
+        apart = (last - first + BLOCK - 1) // BLOCK
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
             if kind == BFLOAT16:
@@ -95,18 +109,9 @@ def _multiply(kind: int) -> Routine:
         for n in range(apart):
             count, m = (last - first - n + apart - 1) // apart, 0
             w, out = codes + (first + n) * row, y + 4 * n
-            if passes >= SEVERAL:
-                wide, wide_step, length, asked = w, w_step, columns, 0
-                if kind == BFLOAT16:
-                    wide, wide_step, length = scratch, 4 * whole, whole
-                    for j in range(count):
-                        widen_in_order(w + w_step * j, columns, wide + wide_step * j)
-                for m in range(0, rows, TOGETHER):
-                    if n + 1 < apart:
-                        _ask(w + row, w_step, asked, min(row, asked + share))
-                        asked += share
-                    at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
-                    stream(FLOAT32, TOGETHER, wide, wide_step, count, at, step, several, into, y_step, y_gap, length)
+            if rows > MANY:
+                ask = row if n + 1 < apart else 0
+                _many(kind, w, w_step, count, ask, columns, prepared, step, rows, out, y_step, y_gap, scratch)
                 continue
             while rows - m >= min(TOGETHER, 3):  # three rows pass as four; two have a kernel of their own
                 at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
