@@ -66,8 +66,8 @@ def sort_columns(at, line, columns):
 def _many(kind, w, w_step, count, ask, columns, x, x_step, rows, y, y_step, y_gap, scratch):
     """Up to BLOCK weight rows times many rows of x, some of these at a time.
 
-    bfloat16 weights are widened first, once for all.  The rows that follow these are asked for meanwhile, `ask` bytes of
-    each, some with every pass: by themselves processors do not fetch so far ahead.
+    bfloat16 weights are widened first, once for all.  The rows that follow these are asked for meanwhile, `ask` bytes
+    of each, some with every pass: by themselves processors do not fetch so far ahead.
     """
     wide, wide_step, length = w, w_step, columns
     if kind == BFLOAT16:
