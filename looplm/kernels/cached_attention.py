@@ -137,7 +137,10 @@ def _attend_few(kind: int) -> Routine:
         for row in range(rows):
             at, count = _seen(plan, row, layer, g)
             keys, values = plan[field.KEYS] + at * size, plan[field.VALUES] + at * size
-            next_keys = plan[field.KEYS] + _seen(plan, min(row + 1, rows - 1), layer, g)[0] * size
+            # Asked for a whole row ahead, where there is one: memory takes longer than a half of a row.
+            following = min(row + 1, rows - 1)
+            after = _seen(plan, following, layer, g)[0] * size
+            next_read, next_values = plan[field.KEYS] + after if following > row else values, plan[field.VALUES] + after
             query = plan[field.QKV] + 4 * channels * (row * total + g * per_group)
             out = plan[field.ATTENTION] + 4 * channels * (row * heads + g * per_group)
             sums = floats_at(out, per_group * channels)
@@ -154,7 +157,7 @@ def _attend_few(kind: int) -> Routine:
                             copy_columns(ready, line, channels)
                         else:
                             sort_columns(ready, line, channels)
-                    scored(kind, keys + first * size, size, some, ready, channels, into, values + first * size)
+                    scored(kind, keys + first * size, size, some, ready, channels, into, next_read + first * size)
             for head in range(per_group if count > 0 else 0):
                 _soften(scores + head * score_step, count, scale)
             for first in range(0, count, run):
@@ -163,7 +166,7 @@ def _attend_few(kind: int) -> Routine:
                     weight, into = scores + head * score_step + 4 * first, out + 4 * head * channels
                     for c in range(0, whole, CHANNEL_BLOCK):
                         off = first * size + c * (size // channels)
-                        weighted(kind, values + off, size, weight, some, into + 4 * c, next_keys + off)
+                        weighted(kind, values + off, size, weight, some, into + 4 * c, next_values + off)
                     _weigh_rest(kind, values + first * size, weight, some, into, whole, channels)
         return 0
 
