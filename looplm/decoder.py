@@ -5,7 +5,7 @@ A decoder is for up to so many rows at a time; it keeps the state after each loo
 
 import numpy as np
 
-from .arrays import Array, Floats, Ints, aligned_empty
+from .arrays import Array, Floats, Ints, aligned_empty, lined_up
 from .cache import KeyValueCache
 from .kernels import plan as field
 from .kernels.attention import forward_buffer_size
@@ -18,7 +18,6 @@ from .model_files import EMBEDDING
 from .stored import LAYER_NORMS, LAYER_PARTS, StoredWeights
 from .threads import Team
 
-LINE = 16  # floats in a cache line
 ITEM_BYTES = 1 << 15  # weights that a thread takes at once, at least: a microsecond or two
 LARGE_BYTES = 1 << 20  # weights of a product for each thread from which on it takes smaller and smaller items
 MOST_ITEMS = 2  # of any other product, for each thread: more are shorter streams, which memory is slower to follow
@@ -192,7 +191,7 @@ class Decoder:
         at = 0
         for name, size in sizes.items():
             self._set(**{name: 4 * at})
-            at += -(-size // LINE) * LINE
+            at += lined_up(size)
         self._own = aligned_empty((self._team.threads, at))
         self._point(OWN=self._own)
         steps = {"QUERY_STEP": 4 * row_size(channels), "SCORE_STEP": 4 * score_size(keys)}

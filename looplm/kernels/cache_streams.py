@@ -26,6 +26,7 @@ from .streams import (
     BYTES,
     COLUMNS,
     FLOAT32,
+    LINE,
     STEPS,
     X_BYTES,
     Sums,
@@ -35,7 +36,6 @@ from .streams import (
 from .vectors import WIDTH, _spread
 
 KEYS = 8  # that are scored at once: as many scores may be written beyond the last
-LINE = 64  # bytes of a cache line
 ASKED = 8192  # bytes of what is read next that are asked for ahead: the rest of a longer stream comes in time
 CHANNEL_BLOCK = 32  # channels of values that are summed at once
 

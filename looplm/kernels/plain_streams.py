@@ -23,5 +23,13 @@ def _dot_bfloat16(w, x, columns):
     return weight @ sorted_x.transpose(0, 2, 1).reshape(-1)[:columns]
 
 
+def widen_in_order_plain(w, columns, into):
+    """What streams.widen_in_order does."""
+    blocks = -(-columns // (2 * WIDTH))
+    row = np.zeros(2 * WIDTH * blocks, np.float32)
+    row[:columns] = widened(w, columns)
+    floats_at(into, row.size)[:] = row.reshape(blocks, WIDTH, 2).transpose(0, 2, 1).reshape(-1)
+
+
 FLOATS = (floats_at, widened)
 DOTS = (_dot_float32, _dot_bfloat16)

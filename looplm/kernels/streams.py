@@ -15,7 +15,6 @@ of everything here.
 from typing import Any
 
 import llvmlite.ir as ir
-import numpy as np
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -23,10 +22,11 @@ from numba.extending import intrinsic
 from .addresses import floats_at
 from .emission import constant, fetch, load, multiply_add, plus, vector
 from .jit import JIT_DISABLED
-from .plain_streams import DOTS, widened
+from .plain_streams import DOTS, widen_in_order_plain
 from .vectors import WIDTH
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
+LINE = 64  # bytes of a cache line
 BLOCK = 4  # weight rows that are read side by side, whose lanes are summed together
 TOGETHER = 4 if WIDTH == 16 else 2  # rows of x that are multiplied with each of them: what registers there are
 
@@ -209,13 +209,6 @@ def _widen_in_order(typing_context, w, columns, into):
     return types.void(types.intp, types.intp, types.intp), emit
 
 
-def _widen_in_order_plain(w, columns, into):
-    blocks = -(-columns // (2 * WIDTH))
-    row = np.zeros(2 * WIDTH * blocks, np.float32)
-    row[:columns] = widened(w, columns)
-    floats_at(into, row.size)[:] = row.reshape(blocks, WIDTH, 2).transpose(0, 2, 1).reshape(-1)
-
-
 def _stream_plain(kind, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
     for i in range(x_count):
         for j in range(w_count):
@@ -224,4 +217,4 @@ def _stream_plain(kind, together, w, w_step, w_count, x, x_step, x_count, y, y_s
 
 
 stream: Any = _stream_plain if JIT_DISABLED else intrinsic(prefer_literal=True)(_stream)
-widen_in_order: Any = _widen_in_order_plain if JIT_DISABLED else intrinsic(_widen_in_order)
+widen_in_order: Any = widen_in_order_plain if JIT_DISABLED else intrinsic(_widen_in_order)

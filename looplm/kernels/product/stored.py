@@ -16,13 +16,12 @@ from .. import amx
 from ..addresses import floats_at
 from ..integer_lines import SIDE
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, TOGETHER, stream, widen_in_order
+from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, LINE, TOGETHER, stream, widen_in_order
 from ..vectors import WIDTH, fetch_to_read
 from .integers import ASIDE, FEW_ROWS, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
 from .widened import row_bytes, wide_scratch_size
 
-LINE = 64  # bytes of a cache line
 MANY = 3 * TOGETHER  # more rows of x than these: a block of weights is widened first, and the next one asked for
 
 _ZERO = np.float32(0.0)
