@@ -18,7 +18,9 @@ from in_process import looplm, report_of
 from looplm import settings
 from looplm.checkpoint import load_model
 from looplm.run_folder import RunFolder
+from looplm.training import StepReport
 from looplm_cli import app
+from looplm_cli.commands.train import step_line
 from looplm_cli.interrupts import interruptible
 from tiny_training import ARGUMENTS, SIZES, STEPS
 
@@ -66,6 +68,15 @@ def test_the_last_line_of_json_has_every_promised_key(story: str) -> None:
         "saved in",
     ):
         assert text in err
+
+
+def test_time_left_does_not_count_the_first_step_which_compiles() -> None:
+    def report(step: int, seconds: float) -> StepReport:
+        return StepReport(step, 101, 1.0, [1.0], [1.0], 0.0, 1.0, 1e-3, 1000 * step, seconds, 40.0)
+
+    began = report(1, 25.0)
+    assert step_line(began, began).endswith("mean 1.00  40 tokens/s")
+    assert step_line(report(51, 175.0), began).endswith("mean 1.00  333 tokens/s  2.5 min left")  # 3 s a step
 
 
 def test_quiet_is_quiet(story: str) -> None:

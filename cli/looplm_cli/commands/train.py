@@ -239,13 +239,15 @@ def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
     from looplm_cli.interrupts import Interrupted, interruptible
     from looplm_cli.render import Progress, say
 
+    began: StepReport | None = None
     last: EvalReport | None = None
     ranks = run.trainer.ranks
     with interruptible() as stop, Progress(run.trainer.total_steps, "step", quiet) as progress:
         for report in run.reports():
             if isinstance(report, StepReport):
                 progress.total = report.total_steps
-                progress.update(report.step, step_line(report))
+                began = began or report
+                progress.update(report.step, step_line(report, began))
             else:
                 last = report
                 if not quiet:
@@ -276,17 +278,21 @@ def run_training(run: "TrainingRun", quiet: bool) -> dict[str, Any]:
     return result
 
 
-def step_line(report: "StepReport") -> str:
-    """Loss by loop, where it would stop, speed and time left."""
+def step_line(report: "StepReport", began: "StepReport") -> str:
+    """Loss by loop, where it would stop, speed and time left: by the steps since `began`, the first of this session.
+
+    That one compiles or loads kernels, and tells nothing of the others.
+    """
     from looplm_cli.render import sparkline
 
     losses = " ".join(f"{loss:.3f}" for loss in report.loss)
     loops = sum(r * p for r, p in enumerate(report.exit_prob, 1))
-    left = (report.total_steps - report.step) * report.seconds / report.step
-    return (
-        f"loss by loop {losses}  exits {sparkline(report.exit_prob)} mean {loops:.2f}  "
-        f"{report.tokens / report.seconds:,.0f} tokens/s  {left / 60:.1f} min left"
-    )
+    line = f"loss by loop {losses}  exits {sparkline(report.exit_prob)} mean {loops:.2f}  "
+    if report.step == began.step:
+        return f"{line}{report.tokens_per_s:,.0f} tokens/s"
+    seconds = report.seconds - began.seconds
+    left = (report.total_steps - report.step) * seconds / (report.step - began.step)
+    return f"{line}{(report.tokens - began.tokens) / seconds:,.0f} tokens/s  {left / 60:.1f} min left"
 
 
 def eval_line(run: "TrainingRun", report: "EvalReport") -> str:
