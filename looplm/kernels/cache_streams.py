@@ -22,7 +22,6 @@ from .jit import JIT_DISABLED
 from .plain_streams import DOTS, FLOATS
 from .streams import (
     BFLOAT16,
-    BLOCK,
     BYTES,
     COLUMNS,
     FLOAT32,
@@ -62,10 +61,10 @@ def _emit_scored(kind, builder, keys, step, count, query, channels, out, next_re
                     fetch(builder, plus(builder, ahead, at))
             STEPS[kind](builder, sums, here, [builder.add(query, builder.mul(loop.index, _I64(X_BYTES[kind])))])
         emit_rest(kind, builder, sums, lines, [query], whole, channels)
-        totals = [sums.totals(0, j) for j in range(0, KEYS, BLOCK)]
-        for j, number in enumerate(numbers):
-            place = builder.inttoptr(builder.add(out, builder.mul(number, _I64(4))), _F32.as_pointer())
-            builder.store(builder.extract_element(totals[j // BLOCK], _I32(j % BLOCK)), place).align = 4
+        for four, totals in sums.totals():
+            for lane, (_, j) in enumerate(four):
+                place = builder.inttoptr(builder.add(out, builder.mul(numbers[j], _I64(4))), _F32.as_pointer())
+                builder.store(builder.extract_element(totals, _I32(lane)), place).align = 4
 
 
 def _scored(typing_context, kind, keys, step, count, query, channels, out, next_read):

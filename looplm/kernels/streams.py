@@ -27,8 +27,10 @@ from .vectors import WIDTH
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 LINE = 64  # bytes of a cache line
-BLOCK = 4  # weight rows that are read side by side, whose lanes are summed together
+BLOCK = 4  # weight rows that are read side by side
 TOGETHER = 4 if WIDTH == 16 else 2  # rows of x that are multiplied with each of them: what registers there are
+# For many rows: more sums, so that less is loaded for each product and none waits for the one before it.
+MANY_BLOCK, MANY_TOGETHER = BLOCK if WIDTH == 16 else 3, 4
 
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 # A block of columns: how many, bytes of a weight row, bytes of a row of x.
@@ -73,10 +75,12 @@ class Sums:
         place = self.places[pair]
         self.builder.store(multiply_add(self.builder, left, right, self.builder.load(place)), place)
 
-    def totals(self, i, first=0):
-        """The sums of row i of x with BLOCK weight rows, from `first` on."""
-        lines = [self.builder.load(self.places[i, j]) for j in range(first, first + BLOCK)]
-        return _sums_of_four(self.builder, lines)
+    def totals(self):
+        """Four pairs after the other, and a vector of their sums."""
+        pairs = list(self.places)
+        for first in range(0, len(pairs), 4):
+            four = pairs[first : first + 4]
+            yield four, _sums_of_four(self.builder, [self.builder.load(self.places[pair]) for pair in four])
 
 
 def _float_columns(builder, sums, weights, lines):
@@ -114,10 +118,10 @@ def addresses_of(builder, start, step, count, number):
     return found
 
 
-def _emit_stream(kind, together, context, builder, values):
+def _emit_stream(kind, block, together, context, builder, values):
     w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns = values
-    sums = Sums(builder, [(i, j) for i in range(together) for j in range(BLOCK)], WIDTH)
-    weights = addresses_of(builder, w, w_step, w_count, BLOCK)
+    sums = Sums(builder, [(i, j) for i in range(together) for j in range(block)], WIDTH)
+    weights = addresses_of(builder, w, w_step, w_count, block)
     lines = addresses_of(builder, x, x_step, x_count, together)
     whole = builder.udiv(columns, _I64(COLUMNS[kind]))
 
@@ -138,14 +142,13 @@ def _emit_stream(kind, together, context, builder, values):
     else:
         every_block(False)
     emit_rest(kind, builder, sums, weights, lines, whole, columns)
-    for i in range(together):
-        totals = sums.totals(i)
-        with builder.if_then(builder.icmp_signed("<", _I64(i), x_count)):
-            for j in range(BLOCK):
-                with builder.if_then(builder.icmp_signed("<", _I64(j), w_count)):
-                    place = builder.add(builder.add(y, builder.mul(y_gap, _I64(j))), builder.mul(y_step, _I64(i)))
-                    total = builder.extract_element(totals, _I32(j))
-                    builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
+    for four, totals in sums.totals():
+        for lane, (i, j) in enumerate(four):
+            inside = [builder.icmp_signed("<", _I64(n), count) for n, count in ((i, x_count), (j, w_count))]
+            with builder.if_then(builder.and_(*inside)):
+                place = builder.add(builder.add(y, builder.mul(y_gap, _I64(j))), builder.mul(y_step, _I64(i)))
+                total = builder.extract_element(totals, _I32(lane))
+                builder.store(total, builder.inttoptr(place, _F32.as_pointer())).align = 4
     return context.get_dummy_value()
 
 
@@ -168,18 +171,18 @@ def _beside_zeros(kind, builder, weight, size):
     return builder.ptrtoint(place, _I64)
 
 
-def _stream(typing_context, kind, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
-    """stream(...): y[i, j] = x[i] . w[j] for rows of x up to `together` and BLOCK weight rows, stored as `kind` says.
+def _stream(typing_context, kind, block, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
+    """stream(...): y[i, j] = x[i] . w[j] for rows of x up to `together` and `block` weight rows, as `kind` says.
 
     Steps are bytes from row to row; y_gap is that from j to j + 1.  Only the first x_count and w_count rows count.
     x is as product/stored.py prepares it.
     """
-    numbers = kind.literal_value, together.literal_value
+    numbers = kind.literal_value, block.literal_value, together.literal_value
 
     def emit(context, builder, signature, values):
-        return _emit_stream(*numbers, context, builder, values[2:])
+        return _emit_stream(*numbers, context, builder, values[3:])
 
-    return types.void(kind, together, *[types.intp] * 10), emit
+    return types.void(kind, block, together, *[types.intp] * 10), emit
 
 
 def _widen_in_order(typing_context, w, columns, into):
@@ -209,7 +212,7 @@ def _widen_in_order(typing_context, w, columns, into):
     return types.void(types.intp, types.intp, types.intp), emit
 
 
-def _stream_plain(kind, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
+def _stream_plain(kind, block, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
     for i in range(x_count):
         for j in range(w_count):
             total = DOTS[kind](w + j * w_step, x + i * x_step, columns)

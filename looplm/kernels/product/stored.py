@@ -16,7 +16,19 @@ from .. import amx
 from ..addresses import floats_at
 from ..integer_lines import SIDE
 from ..jit import Routine, njit
-from ..streams import BFLOAT16, BLOCK, FLOAT32, INT4, INT8, LINE, TOGETHER, stream, widen_in_order
+from ..streams import (
+    BFLOAT16,
+    BLOCK,
+    FLOAT32,
+    INT4,
+    INT8,
+    LINE,
+    MANY_BLOCK,
+    MANY_TOGETHER,
+    TOGETHER,
+    stream,
+    widen_in_order,
+)
 from ..vectors import WIDTH, fetch_to_read
 from .integers import ASIDE, FEW_ROWS, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
@@ -63,7 +75,7 @@ def sort_columns(at, line, columns):
 
 @njit(inline="always")
 def _many(kind, w, w_step, count, ask, columns, x, x_step, rows, y, y_step, y_gap, scratch):
-    """Up to BLOCK weight rows times many rows of x, some of these at a time.
+    """Up to MANY_BLOCK weight rows times many rows of x, some of these at a time.
 
     bfloat16 weights are widened first, once for all.  The rows that follow these are asked for meanwhile, `ask` bytes
     of each, some with every pass: by themselves processors do not fetch so far ahead.
@@ -74,16 +86,18 @@ def _many(kind, w, w_step, count, ask, columns, x, x_step, rows, y, y_step, y_ga
         wide, wide_step = scratch, 4 * length
         for j in range(count):
             widen_in_order(w + w_step * j, columns, wide + wide_step * j)
-    passes = (rows + TOGETHER - 1) // TOGETHER
+    passes = (rows + MANY_TOGETHER - 1) // MANY_TOGETHER
     share, asked = (ask + LINE * passes - 1) // (LINE * passes) * LINE, 0
-    for m in range(0, rows, TOGETHER):
+    for m in range(0, rows, MANY_TOGETHER):
         for at in range(asked, min(ask, asked + share), LINE):
-            for j in range(BLOCK):
+            for j in range(MANY_BLOCK):
                 fetch_to_read(floats_at(w + w_step * j + ask + at, 1), 0)
         asked += share
         some, into = x + m * x_step, y + m * y_step
-        several = min(TOGETHER, rows - m)
-        stream(FLOAT32, TOGETHER, wide, wide_step, count, some, x_step, several, into, y_step, y_gap, length)
+        left = rows - m
+        stream(
+            FLOAT32, MANY_BLOCK, MANY_TOGETHER, wide, wide_step, count, some, x_step, left, into, y_step, y_gap, length
+        )
 
 
 def _multiply(kind: int) -> Routine:
@@ -97,7 +111,8 @@ def _multiply(kind: int) -> Routine:
         processors fetch ahead of (rows next to each other ran at half the speed of memory).
         """
         row, step = row_bytes(kind, columns), 4 * (columns + _SPARE)
-        apart = (last - first + BLOCK - 1) // BLOCK
+        block = MANY_BLOCK if rows > MANY else BLOCK
+        apart = (last - first + block - 1) // block
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
             if kind == BFLOAT16:
@@ -114,13 +129,13 @@ def _multiply(kind: int) -> Routine:
                 continue
             while rows - m >= min(TOGETHER, 3):  # three rows pass as four; two have a kernel of their own
                 at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
-                stream(kind, TOGETHER, w, w_step, count, at, step, several, into, y_step, y_gap, columns)
+                stream(kind, BLOCK, TOGETHER, w, w_step, count, at, step, several, into, y_step, y_gap, columns)
                 m += TOGETHER
             at, into = prepared + m * step, out + m * y_step
             if TOGETHER > 2 and rows - m == 2:
-                stream(kind, 2, w, w_step, count, at, step, 2, into, y_step, y_gap, columns)
+                stream(kind, BLOCK, 2, w, w_step, count, at, step, 2, into, y_step, y_gap, columns)
             elif rows - m == 1:
-                stream(kind, 1, w, w_step, count, at, step, 1, into, y_step, y_gap, columns)
+                stream(kind, BLOCK, 1, w, w_step, count, at, step, 1, into, y_step, y_gap, columns)
         return 0
 
     return Routine(multiply)
