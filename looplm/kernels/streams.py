@@ -27,10 +27,9 @@ from .vectors import WIDTH
 
 FLOAT32, BFLOAT16, INT8, INT4 = range(4)
 LINE = 64  # bytes of a cache line
-BLOCK = 4  # weight rows that are read side by side
-TOGETHER = 4 if WIDTH == 16 else 2  # rows of x that are multiplied with each of them: what registers there are
-# For many rows: more sums, so that less is loaded for each product and none waits for the one before it.
-MANY_BLOCK, MANY_TOGETHER = BLOCK if WIDTH == 16 else 3, 4
+BLOCK = 4  # weight rows that are read side by side, with one row of x or two
+# With four rows of x, by format: as many sums as leave registers for what is multiplied.
+BLOCK_OF_FOUR = (4, 4) if WIDTH == 16 else (3, 2)
 
 _F32, _I8, _I32, _I64 = ir.FloatType(), ir.IntType(8), ir.IntType(32), ir.IntType(64)
 # A block of columns: how many, bytes of a weight row, bytes of a row of x.

@@ -16,26 +16,16 @@ from .. import amx
 from ..addresses import floats_at
 from ..integer_lines import SIDE
 from ..jit import Routine, njit
-from ..streams import (
-    BFLOAT16,
-    BLOCK,
-    FLOAT32,
-    INT4,
-    INT8,
-    LINE,
-    MANY_BLOCK,
-    MANY_TOGETHER,
-    TOGETHER,
-    stream,
-    widen_in_order,
-)
+from ..streams import BFLOAT16, BLOCK, BLOCK_OF_FOUR, FLOAT32, INT4, INT8, LINE, stream, widen_in_order
 from ..vectors import WIDTH, fetch_to_read
 from .integers import ASIDE, FEW_ROWS, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
 from .widened import row_bytes, wide_scratch_size
 
-MANY = 3 * TOGETHER  # more rows of x than these: a block of weights is widened first, and the next one asked for
+WIDE = WIDTH == 16  # registers for rows of x by fours; without so many, four rows go together, but five and six by twos
+MANY = 12 if WIDE else 6  # more rows of x than these: a block of weights is widened first, and the next one asked for
 
+_FLOATS_OF_FOUR = BLOCK_OF_FOUR[FLOAT32]
 _ZERO = np.float32(0.0)
 _SPARE = 64  # floats that a prepared row may take beyond its columns
 
@@ -75,7 +65,7 @@ def sort_columns(at, line, columns):
 
 @njit(inline="always")
 def _many(kind, w, w_step, count, ask, columns, x, x_step, rows, y, y_step, y_gap, scratch):
-    """Up to MANY_BLOCK weight rows times many rows of x, some of these at a time.
+    """A few weight rows times many rows of x, four of these at a time.
 
     bfloat16 weights are widened first, once for all.  The rows that follow these are asked for meanwhile, `ask` bytes
     of each, some with every pass: by themselves processors do not fetch so far ahead.
@@ -86,22 +76,20 @@ def _many(kind, w, w_step, count, ask, columns, x, x_step, rows, y, y_step, y_ga
         wide, wide_step = scratch, 4 * length
         for j in range(count):
             widen_in_order(w + w_step * j, columns, wide + wide_step * j)
-    passes = (rows + MANY_TOGETHER - 1) // MANY_TOGETHER
+    passes = (rows + 3) // 4
     share, asked = (ask + LINE * passes - 1) // (LINE * passes) * LINE, 0
-    for m in range(0, rows, MANY_TOGETHER):
+    for m in range(0, rows, 4):
         for at in range(asked, min(ask, asked + share), LINE):
-            for j in range(MANY_BLOCK):
+            for j in range(_FLOATS_OF_FOUR):
                 fetch_to_read(floats_at(w + w_step * j + ask + at, 1), 0)
         asked += share
-        some, into = x + m * x_step, y + m * y_step
-        left = rows - m
-        stream(
-            FLOAT32, MANY_BLOCK, MANY_TOGETHER, wide, wide_step, count, some, x_step, left, into, y_step, y_gap, length
-        )
+        some, into, left = x + m * x_step, y + m * y_step, rows - m
+        stream(FLOAT32, _FLOATS_OF_FOUR, 4, wide, wide_step, count, some, x_step, left, into, y_step, y_gap, length)
 
 
 def _multiply(kind: int) -> Routine:
     """The routine of a format: numbers in its closure, so that what the other formats need is not compiled."""
+    block_of_four = BLOCK_OF_FOUR[kind]
 
     def multiply(codes, scales, columns, first, last, x, x_row, rows, y, y_row, prepared, scratch):
         """y[m, n - first] = row m of x . row n of the weight, first <= n < last.  Rows of x and y in floats.
@@ -111,7 +99,8 @@ def _multiply(kind: int) -> Routine:
         processors fetch ahead of (rows next to each other ran at half the speed of memory).
         """
         row, step = row_bytes(kind, columns), 4 * (columns + _SPARE)
-        block = MANY_BLOCK if rows > MANY else BLOCK
+        by_four = rows > 2 and (WIDE or rows <= 4)
+        block = _FLOATS_OF_FOUR if rows > MANY else block_of_four if by_four else BLOCK
         apart = (last - first + block - 1) // block
         for m in range(rows if x else 0):
             at, line = prepared + m * step, floats_at(x + 4 * x_row * m, columns)
@@ -127,15 +116,17 @@ def _multiply(kind: int) -> Routine:
                 ask = row if n + 1 < apart else 0
                 _many(kind, w, w_step, count, ask, columns, prepared, step, rows, out, y_step, y_gap, scratch)
                 continue
-            while rows - m >= min(TOGETHER, 3):  # three rows pass as four; two have a kernel of their own
-                at, into, several = prepared + m * step, out + m * y_step, min(TOGETHER, rows - m)
-                stream(kind, BLOCK, TOGETHER, w, w_step, count, at, step, several, into, y_step, y_gap, columns)
-                m += TOGETHER
-            at, into = prepared + m * step, out + m * y_step
-            if TOGETHER > 2 and rows - m == 2:
-                stream(kind, BLOCK, 2, w, w_step, count, at, step, 2, into, y_step, y_gap, columns)
-            elif rows - m == 1:
-                stream(kind, BLOCK, 1, w, w_step, count, at, step, 1, into, y_step, y_gap, columns)
+            while m < rows:
+                at, into, left = prepared + m * step, out + m * y_step, rows - m
+                if by_four and left > 2:  # three rows pass as four
+                    stream(kind, block_of_four, 4, w, w_step, count, at, step, left, into, y_step, y_gap, columns)
+                    m += 4
+                elif left > 1:
+                    stream(kind, BLOCK, 2, w, w_step, count, at, step, left, into, y_step, y_gap, columns)
+                    m += 2
+                else:
+                    stream(kind, BLOCK, 1, w, w_step, count, at, step, left, into, y_step, y_gap, columns)
+                    m += 1
         return 0
 
     return Routine(multiply)
