@@ -109,7 +109,7 @@ class Standing:
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """Who loses least at one budget.  Entries that cannot spend exactly that much are not in the ranking."""
+    """Who loses least at one budget.  Entries that cannot do with it are not in the ranking."""
 
     cost: str  # "loops" or "ms"
     amount: float
@@ -136,8 +136,9 @@ def budgets(points: Sequence[Point], loops: int) -> list[Budget]:
     return [standings(points, cost, amount) for cost, amount in amounts]
 
 
-def standings(points: Sequence[Point], cost: str, amount: float) -> Budget:
-    found = [_standing(name, own, cost, amount) for name, own in by_entry(points).items()]
+def standings(points: Sequence[Point], cost: str, amount: float, exactly: bool = False) -> Budget:
+    """Every entry at a budget, of which it spends what lowers its loss, unless it is to spend `exactly` that much."""
+    found = [_standing(name, own, cost, amount, exactly) for name, own in by_entry(points).items()]
     return Budget(cost, amount, sorted((s for s in found if s is not None), key=lambda s: s.loss))
 
 
@@ -148,20 +149,23 @@ def by_entry(points: Sequence[Point]) -> dict[str, list[Point]]:
     return found
 
 
-def _standing(name: str, points: list[Point], cost: str, amount: float) -> Standing | None:
+def _standing(name: str, points: list[Point], cost: str, amount: float, exactly: bool) -> Standing | None:
     """Between two thresholds: a token may take either, so every mixture of two points is in reach."""
     known = [p for p in points if math.isfinite(_cost(p, cost))]
+    if not exactly:
+        known = [p for p, unbeaten in zip(known, front(known, cost), strict=True) if unbeaten]
     ordered = sorted(known, key=lambda p: (_cost(p, cost), -p.whole.loss))
     x = np.array([_cost(p, cost) for p in ordered])
     slack = 1e-9 * amount
-    if not ordered or not x[0] - slack <= amount <= x[-1] + slack:
+    if not ordered or amount < x[0] - slack or (exactly and amount > x[-1] + slack):
         return None
+    spent = min(amount, x[-1])
 
     def at(name: str) -> tuple[float, ...]:
         rows = np.array([[getattr(chunk, name) for chunk in p.chunks] for p in ordered])
         own = x[:, None] if cost == "ms" else np.array([[c.mean_loops for c in p.chunks] for p in ordered])
         own = np.broadcast_to(own, rows.shape)
-        return tuple(_interpolated(amount, own[:, c], rows[:, c]) for c in range(rows.shape[1]))
+        return tuple(_interpolated(spent, own[:, c], rows[:, c]) for c in range(rows.shape[1]))
 
     losses, accuracies = at("loss"), at("accuracy")
     return Standing(name, float(np.mean(losses)), float(np.mean(accuracies)), losses, accuracies)
@@ -189,7 +193,7 @@ def figure_five(points: Sequence[Point], loops: int) -> tuple[float, list[Claim]
     if it is above -0.02.  -> the budget, and the claims that these points can speak of.
     """
     budget = 1.0 + (loops - 1.0) * 0.5
-    at = {s.entry: s for s in standings(points, "loops", budget).ranking}
+    at = {s.entry: s for s in standings(points, "loops", budget, exactly=True).ranking}
     claims = []
     for says, one, other, close in (
         ("the paper's Stage II gate beats the gate of Stage I", "gate, paper", "gate, Stage I", False),

@@ -146,8 +146,21 @@ def test_winners_are_read_off_between_thresholds() -> None:
     assert [(s.entry, s.loss) for s in found.ranking] == [("b", 2.5), ("a", 3.0)]
     assert found.advantage[0] == pytest.approx(0.5)
     assert [s.entry for s in standings(points, "loops", 3.0).ranking] == ["c", "b", "a"]
-    assert standings(points, "loops", 9.0).ranking == []
-    assert math.isnan(standings(points, "loops", 9.0).advantage[0])
+    assert [s.entry for s in standings(points, "loops", 9.0).ranking] == ["b", "c", "a"]
+    assert standings(points, "loops", 9.0, exactly=True).ranking == []
+    assert standings(points, "loops", 0.5).ranking == []
+    assert math.isnan(standings(points, "loops", 0.5).advantage[0])
+
+
+def test_a_budget_is_spent_only_where_that_lowers_the_loss() -> None:
+    """The last loop may harm, and measured times are not in the order of loops."""
+    points = [made("a", 1.0, 3.0, 1.0), made("a", 2.0, 1.0, 4.0), made("a", 3.0, 0.5, 3.0), made("a", 4.0, 2.0, 5.0)]
+    for cost, amount, loss in (("loops", 2.5, 0.75), ("loops", 3.5, 0.5), ("ms", 2.0, 1.75), ("ms", 4.0, 0.5)):
+        (found,) = standings(points, cost, amount).ranking
+        assert found.loss == pytest.approx(loss), (cost, amount)
+        assert found.losses == pytest.approx((loss,) * 4)
+    (found,) = standings(points, "loops", 3.5, exactly=True).ranking
+    assert found.loss == pytest.approx(1.25)
 
 
 def test_budgets_are_between_one_loop_and_all_in_loops_and_in_time() -> None:

@@ -105,7 +105,8 @@ def print_thresholds(found: dict[str, Any]) -> None:
         ]
         for name in (*found["thresholds"], "all loops")
     ]
-    print_table(["mean loops and loss", "threshold", "solved on", "checked on"], rows, f"goal: {found['goal']}")
+    title = f"goal: {found['goal']}, on up to {SOLVED_TOKENS:,} positions of each half"
+    print_table(["mean loops and loss", "threshold", "solved on", "checked on"], rows, title)
 
 
 HALVES = ("solved", "checked")
