@@ -212,8 +212,8 @@ def _widen_in_order(typing_context, w, columns, into):
 
 
 def _stream_plain(kind, block, together, w, w_step, w_count, x, x_step, x_count, y, y_step, y_gap, columns):
-    for i in range(x_count):
-        for j in range(w_count):
+    for i in range(min(x_count, together)):
+        for j in range(min(w_count, block)):
             total = DOTS[kind](w + j * w_step, x + i * x_step, columns)
             floats_at(y + i * y_step + j * y_gap, 1)[0] = total
 
