@@ -22,8 +22,8 @@ from .integers import ASIDE, FEW_ROWS, multiply_integers, prepared_row_size
 from .tile_streams import multiply_exact, multiply_pairs, tiled_scratch_size, tiled_size
 from .widened import row_bytes, wide_scratch_size
 
-WIDE = WIDTH == 16  # registers for rows of x by fours; without so many, four rows go together, but five and six by twos
-MANY = 12 if WIDE else 6  # more rows of x than these: a block of weights is widened first, and the next one asked for
+ALWAYS_BY_FOUR = WIDTH == 16  # rows of x, where there are 32 registers; with 16 five and six rows go faster by twos
+MANY = 12 if ALWAYS_BY_FOUR else 6  # with more, a block of weights is widened first, and the next one asked for
 
 _FLOATS_OF_FOUR = BLOCK_OF_FOUR[FLOAT32]
 _ZERO = np.float32(0.0)
@@ -99,7 +99,7 @@ def _multiply(kind: int) -> Routine:
         processors fetch ahead of (rows next to each other ran at half the speed of memory).
         """
         row, step = row_bytes(kind, columns), 4 * (columns + _SPARE)
-        by_four = rows > 2 and (WIDE or rows <= 4)
+        by_four = rows > 2 and (ALWAYS_BY_FOUR or rows <= 4)
         block = _FLOATS_OF_FOUR if rows > MANY else block_of_four if by_four else BLOCK
         apart = (last - first + block - 1) // block
         for m in range(rows if x else 0):
